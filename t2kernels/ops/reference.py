@@ -1,0 +1,97 @@
+"""The definition of truth: the SVF product and its gradients in eager torch, one line per step.
+
+Every other backend is tested against this file run in fp64. It is written to be read, not to be
+fast: each intermediate is kept in the accumulation dtype and rounded where the contract says so.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NAME = "reference"
+
+
+def unavailable(
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+) -> str | None:
+    """The reference runs everywhere."""
+    return None
+
+
+def accumulate_dtype(x: Tensor) -> torch.dtype:
+    """fp32 for everything up to fp32, fp64 for fp64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def diagonal_rows(
+    d: Tensor, base: Tensor, slot: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    """The diagonal of every token: (r,) for one d, (T, r) with slots; slot -1 selects ``base``."""
+    if slot is None:
+        rows = d
+    else:
+        table = torch.cat([d, base.unsqueeze(0)])
+        rows = table[torch.where(slot < 0, d.shape[0], slot.long())]
+    return rows if scale is None else rows * scale
+
+
+def forward(
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    save_h: bool = False,
+    batch_invariant: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """y = ((x V) * d_row) Uᵀ + bias, accumulated in fp32 (fp64), h*d rounded once to x.dtype."""
+    acc = accumulate_dtype(x)
+    h = x.to(acc) @ V.to(acc)  # (T, r)
+    hd = (h * diagonal_rows(d, base, slot, scale)).to(x.dtype)  # (T, r), the one rounding
+    y = hd.to(acc) @ U.to(acc).t()  # (T, m)
+    if bias is not None:
+        y = y + bias.to(acc)
+    return y.to(x.dtype), h.to(x.dtype) if save_h else None
+
+
+def backward(
+    g: Tensor,
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None = None,
+    h: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    need_dx: bool = True,
+    need_dd: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx = ((g U) * d_row) Vᵀ and dd[s] = Σ_{t: slot[t]=s} scale * h[t] * (g U)[t]."""
+    acc = accumulate_dtype(x)
+    gu = g.to(acc) @ U.to(acc)  # (T, r)
+    dx = dd = None
+    if need_dd:
+        h = x.to(acc) @ V.to(acc) if h is None else h.to(acc)
+        contribution = h * gu if scale is None else h * gu * scale  # (T, r)
+        if slot is None:
+            dd = contribution.sum(0)
+        else:
+            member = slot.unsqueeze(0) == torch.arange(d.shape[0], device=d.device).unsqueeze(1)
+            dd = member.to(acc) @ contribution  # (slots, r)
+    if need_dx:
+        dx = ((gu * diagonal_rows(d, base, slot, scale)) @ V.to(acc).t()).to(x.dtype)
+    return dx, dd

@@ -1,0 +1,151 @@
+"""Inputs and error measures shared by the tests, the benchmarks and anyone who adds a kernel.
+
+The rule of acceptance (also flash-attention's): a kernel may err, against the fp64 truth, by at
+most twice what plain torch errs in the same dtype, plus a floor of a few units in the last place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from .ops import reference
+
+# Sizes with a reason: 1 (degenerate), 17 (one past a power of two), 63 (one short of a tile),
+# 64 and 128 (whole tiles), 200 (several tiles and a tail).
+AWKWARD_SIZES = (1, 17, 63, 64, 128, 200)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of one call of the kernel contract; see ``ops/reference.py`` for the shapes."""
+
+    x: Tensor
+    U: Tensor
+    V: Tensor
+    d: Tensor
+    base: Tensor
+    slot: Tensor | None
+    bias: Tensor | None
+    scale: Tensor | None = None
+
+    def args(self) -> tuple[Tensor | None, ...]:
+        """In the order of ``forward``."""
+        return (self.x, self.U, self.V, self.d, self.base, self.slot, self.bias, self.scale)
+
+    def double(self) -> Inputs:
+        """The same (already rounded) values in fp64, for the truth."""
+
+        def up(t: Tensor | None) -> Tensor | None:
+            return t if t is None or not (t.is_floating_point() or t.dtype == torch.int8) else t.double()
+
+        fields = {name: up(getattr(self, name)) for name in ("x", "U", "V", "d", "base", "bias", "scale")}
+        return replace(self, **fields)
+
+
+def make_inputs(
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    rank: int,
+    *,
+    slots: int = 0,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    int8: bool = False,
+) -> Inputs:
+    """Random inputs of the kernel contract.
+
+    ``slots`` = 0 gives one d (r,); otherwise D (slots, r) and a slot per token that uses every
+    slot in turn and -1 now and then. With ``int8`` the factors are int8 with a per-column scale.
+    U and V have roughly orthonormal columns, so y has the size of x times sigma.
+    """
+    gen = torch.Generator().manual_seed(seed)
+    T, n, m, r = tokens, in_features, out_features, rank
+    diag_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=gen, dtype=torch.float64)
+
+    x = randn(T, n).to(dtype)
+    scale = None
+    if int8:
+        U = torch.randint(-127, 128, (m, r), generator=gen, dtype=torch.int8)
+        Vh = torch.randint(-127, 128, (r, n), generator=gen, dtype=torch.int8)
+        scale = ((0.5 + torch.rand(r, generator=gen)) / (73.0**2 * (m * n) ** 0.5)).to(diag_dtype)
+    else:
+        U = (randn(m, r) / m**0.5).to(dtype)
+        Vh = (randn(r, n) / n**0.5).to(dtype)
+    base = (0.1 + randn(r).abs()).to(diag_dtype)
+    if slots:
+        d = (base * (1 + 0.3 * randn(slots, r))).to(diag_dtype)
+        slot = (torch.arange(T, dtype=torch.int32) * 7) % (slots + 1) - 1
+    else:
+        d = (base * (1 + 0.3 * randn(r))).to(diag_dtype)
+        slot = None
+    b = randn(m).to(dtype) if bias else None
+    moved = [None if t is None else t.to(device) for t in (x, U, Vh, d, base, slot, b, scale)]
+    x, U, Vh, d, base, slot, b, scale = moved  # type: ignore[assignment]
+    return Inputs(x, U, Vh.t(), d, base, slot, b, scale)
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    """‖actual − truth‖ / ‖truth‖ in fp64; inf if anything is not finite."""
+    a, b = actual.detach().double().cpu(), truth.detach().double().cpu()
+    if a.shape != b.shape:
+        raise ValueError(f"relative_error: shapes differ, {tuple(a.shape)} against {tuple(b.shape)}")
+    if not torch.isfinite(a).all():
+        return float("inf")
+    if a.numel() == 0:
+        return 0.0
+    return float((a - b).norm() / b.norm().clamp_min(1e-300))
+
+
+def error_floor(dtype: torch.dtype) -> float:
+    """A few units in the last place: what even a perfect kernel may err by rounding its result."""
+    return 4 * torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+
+
+def plain_forward(inputs: Inputs) -> Tensor:
+    """The three operations a torch user would write, in the inputs' own dtype."""
+    i = inputs
+    U, V = (i.U.to(i.x.dtype), i.V.to(i.x.dtype)) if i.scale is not None else (i.U, i.V)
+    rows = reference.diagonal_rows(i.d, i.base, i.slot, i.scale)
+    y = ((i.x @ V) * rows).to(i.x.dtype) @ U.t()
+    return y if i.bias is None else y + i.bias
+
+
+def assert_accurate(actual: Tensor, truth: Tensor, plain: Tensor, what: str = "result") -> None:
+    """Raise unless error(actual) ≤ 2 × error(plain torch) + floor, against the fp64 truth."""
+    error, allowed = relative_error(actual, truth), 2 * relative_error(plain, truth)
+    limit = allowed + error_floor(actual.dtype)
+    if not error <= limit:
+        raise AssertionError(f"{what}: relative error {error:.3e}, allowed {limit:.3e}")
+
+
+@contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Inside, ``torch.empty`` and relatives return NaN (or 101 for integers), so that an element
+    which a kernel forgot to write shows."""
+
+    def poison(make):  # type: ignore[no-untyped-def]
+        def wrapped(*args, **kwargs):  # type: ignore[no-untyped-def]
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan") if out.is_floating_point() else 101)
+
+        return wrapped
+
+    with (
+        mock.patch.object(torch, "empty", poison(torch.empty)),
+        mock.patch.object(torch, "empty_like", poison(torch.empty_like)),
+        mock.patch.object(torch, "empty_strided", poison(torch.empty_strided)),
+        mock.patch.object(Tensor, "new_empty", poison(Tensor.new_empty)),
+    ):
+        yield
