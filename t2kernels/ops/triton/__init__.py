@@ -1,0 +1,160 @@
+"""The Triton backend: kernels for NVIDIA GPUs of compute capability 8.0 and later.
+
+Importing this package does not import triton; the first ``forward``, ``backward`` or ``mix``
+does. With ``TRITON_INTERPRET=1`` in the environment before that, the same kernels run on CPU
+tensors in triton's interpreter (for tests: slow, and the only place where they take fp64).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+NAME = "triton"
+
+_FACTOR_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+}
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Why triton cannot be used at all, found without importing it."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.version.hip is not None:
+        return "the Triton kernels are tested on NVIDIA GPUs only"
+    return None
+
+
+@functools.cache
+def _old_gpu(index: int | None) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    if major >= 8:
+        return None
+    return f"the GPU has compute capability {major}.{minor}; 8.0 is needed"
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable(
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+) -> str | None:
+    """None where this backend can run the call, else a short reason. Never touches the GPU."""
+    reason = _missing()
+    if reason is not None:
+        return reason
+    if not x.is_cuda:
+        if not _interpreting():
+            return f"x is on {x.device.type}, not on a CUDA GPU"
+    else:
+        reason = _old_gpu(x.device.index)
+        if reason is not None:
+            return reason
+    if x.dtype not in _FACTOR_TYPES and not (x.dtype is torch.float64 and _interpreting()):
+        return f"x is {x.dtype}; fp32, bf16 or fp16 is needed"
+    if U.dtype is not x.dtype and not (U.dtype is torch.int8 and scale is not None):
+        return f"U is {U.dtype} where x is {x.dtype}"
+    if V.dtype is not U.dtype:
+        return f"V is {V.dtype} where U is {U.dtype}"
+    if not U.is_contiguous():
+        return "U must be a contiguous (m, r) matrix"
+    if not V.t().is_contiguous():
+        return "V must be stored as a contiguous (r, n) matrix"
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        return "the last axis of x must be contiguous"
+    if d.stride(-1) != 1 and d.shape[-1] > 1:
+        return "the last axis of d must be contiguous"
+    return None
+
+
+def forward(
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    save_h: bool = False,
+    batch_invariant: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """y = ((x V) ⊙ d_row) Uᵀ + bias and, with ``save_h``, x V: see ``ops/reference.py``."""
+    from ._forward import forward as run
+
+    return run(
+        x, U, V, d, base, slot, bias, scale, save_h=save_h, batch_invariant=batch_invariant
+    )
+
+
+def backward(
+    g: Tensor,
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None = None,
+    h: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    need_dx: bool = True,
+    need_dd: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dd): see ``ops/reference.py``."""
+    from ._backward import backward as run
+
+    return run(g, x, U, V, d, base, slot, h, scale, need_dx=need_dx, need_dd=need_dd)
+
+
+def mix(
+    S: Tensor,
+    Z: Tensor,
+    alpha: Tensor,
+    *,
+    indices: Tensor | None = None,
+    rows: Tensor | None = None,
+    offsets: Tensor | None = None,
+    longest: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """D[s] = S ⊙ (1 + Σ_k α[s, k] (Z[k] − 1)) for all layers in one launch: see ``_mix.mix``."""
+    from ._mix import mix as run
+
+    return run(
+        S, Z, alpha, indices=indices, rows=rows, offsets=offsets, longest=longest, out=out
+    )
+
+
+def mix_backward(
+    dD: Tensor,
+    S: Tensor,
+    Z: Tensor,
+    alpha: Tensor,
+    *,
+    indices: Tensor | None = None,
+    rows: Tensor | None = None,
+    offsets: Tensor | None = None,
+    longest: int | None = None,
+) -> Tensor:
+    """dα[s, k] = Σ_r dD[s, r] S[r] (Z[k, r] − 1): see ``_mix.mix_backward``."""
+    from ._mix import mix_backward as run
+
+    return run(dD, S, Z, alpha, indices=indices, rows=rows, offsets=offsets, longest=longest)

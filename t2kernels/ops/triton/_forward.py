@@ -1,0 +1,209 @@
+"""y = ((x V) ⊙ d_row) Uᵀ + bias in two launches: ``project`` and ``expand``.
+
+The first product's epilogue applies the diagonal, so that h = x V is rounded once and passes
+through memory once. See README.md for the derivation and for what each grid means.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import config
+from .common.tiles import diagonal_tile, halves, product_tile, store_tile, tile_index
+
+
+@triton.jit
+def project_epilogue(
+    acc,
+    t,
+    T,
+    r_first,
+    R,
+    d_ptr,
+    stride_d,
+    base_ptr,
+    slot_ptr,
+    scale_ptr,
+    h_ptr,
+    hd_ptr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Store h and h ⊙ d_row, CHUNK columns at a time: a gathered diagonal of the whole tile
+    would need as many registers as the tile and 344 KB of shared memory at 128 x 256."""
+    if COLS > CHUNK:
+        left, right = halves(acc, ROWS, COLS)
+        HALF: tl.constexpr = COLS // 2
+        project_epilogue(
+            left, t, T, r_first, R, d_ptr, stride_d, base_ptr, slot_ptr, scale_ptr,
+            h_ptr, hd_ptr, ROWS, HALF, CHUNK,
+        )  # fmt: skip
+        project_epilogue(
+            right, t, T, r_first + HALF, R, d_ptr, stride_d, base_ptr, slot_ptr, scale_ptr,
+            h_ptr, hd_ptr, ROWS, HALF, CHUNK,
+        )  # fmt: skip
+    else:
+        r = r_first + tl.arange(0, COLS)
+        if h_ptr is not None:
+            store_tile(h_ptr, R, t, T, r, R, acc)
+        if hd_ptr is not None:
+            rows = diagonal_tile(d_ptr, stride_d, base_ptr, slot_ptr, scale_ptr, t, T, r, R)
+            store_tile(hd_ptr, R, t, T, r, R, acc * rows)
+
+
+@triton.jit(do_not_specialize=["T"])
+def project_kernel(
+    x_ptr,  # (T, IN), row stride stride_x
+    stride_x,
+    vh_ptr,  # (R, IN) contiguous
+    d_ptr,  # (R,) or (slots, R), row stride stride_d
+    stride_d,
+    base_ptr,  # (R,)
+    slot_ptr,  # (T,) int32 or None
+    scale_ptr,  # (R,) or None
+    h_ptr,  # (T, R) or None: x V without diagonal and scale
+    hd_ptr,  # (T, R) or None: x V times d_row (and scale)
+    T,
+    IN,
+    R,
+    ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EVEN_INNER: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
+    GROUP: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """h = x V, hd = h ⊙ d_row. One program per (BLOCK_T tokens, BLOCK_OUT columns of h); any
+    tile may mix requests, and the grid depends on T alone."""
+    tile_t, tile_r = tile_index(
+        tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(R, BLOCK_OUT), GROUP
+    )
+    t = tile_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    r_first = tile_r.to(tl.int64) * BLOCK_OUT
+    acc = product_tile(
+        x_ptr, stride_x, t, T, vh_ptr, 1, IN, r_first + tl.arange(0, BLOCK_OUT), R, IN,
+        ACC, BLOCK_T, BLOCK_OUT, BLOCK_INNER, EVEN_INNER, WEIGHTS_FIRST, UPCAST,
+    )  # fmt: skip
+    project_epilogue(
+        acc, t, T, r_first, R, d_ptr, stride_d, base_ptr, slot_ptr, scale_ptr,
+        h_ptr, hd_ptr, BLOCK_T, BLOCK_OUT, CHUNK,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T"])
+def expand_kernel(
+    a_ptr,  # (T, INNER) contiguous
+    b_ptr,  # (INNER, OUT) with strides as below
+    stride_b_inner,
+    stride_b_out,
+    bias_ptr,  # (OUT,) or None
+    y_ptr,  # (T, OUT) contiguous
+    T,
+    INNER,
+    OUT,
+    ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    EVEN_INNER: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
+    GROUP: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """y = A B + bias: (h ⊙ d) Uᵀ in the forward pass, (gu ⊙ d) Vᵀ in the backward pass. One
+    program per (BLOCK_T tokens, BLOCK_OUT outputs)."""
+    tile_t, tile_o = tile_index(
+        tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(OUT, BLOCK_OUT), GROUP
+    )
+    t = tile_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o = tile_o.to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    acc = product_tile(
+        a_ptr, INNER, t, T, b_ptr, stride_b_inner, stride_b_out, o, OUT, INNER,
+        ACC, BLOCK_T, BLOCK_OUT, BLOCK_INNER, EVEN_INNER, WEIGHTS_FIRST, UPCAST,
+    )  # fmt: skip
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + o, mask=o < OUT, other=0).to(ACC)[None, :]
+    store_tile(y_ptr, OUT, t, T, o, OUT, acc)
+
+
+def project(
+    x: Tensor,
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None,
+    scale: Tensor | None,
+    *,
+    h: Tensor | None,
+    hd: Tensor | None,
+    batch_invariant: bool = False,
+) -> None:
+    """Write h = x V and hd = h ⊙ d_row into the given (T, r) arrays of x.dtype."""
+    T, IN = x.shape
+    R = V.shape[1]
+    if T == 0 or R == 0:
+        return
+    tile = config.choose(T, R, x, V, batch_invariant=batch_invariant)
+    with config.on_device(x):
+        project_kernel[config.grid(tile, T, R)](
+            x, x.stride(0), V, d, d.stride(0) if d.dim() == 2 else 0, base, slot, scale, h, hd,
+            T, IN, R, **config.constants(tile, x, IN), CHUNK=tile.chunk, **config.options(tile),
+        )  # fmt: skip
+
+
+def expand(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    transposed: bool,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """a @ weightᵀ + bias for a contiguous ``weight`` (OUT, INNER); ``transposed``: a @ weight
+    for a contiguous ``weight`` (INNER, OUT)."""
+    T, INNER = a.shape
+    OUT = weight.shape[1] if transposed else weight.shape[0]
+    y = torch.empty((T, OUT), dtype=a.dtype, device=a.device)
+    if T == 0 or OUT == 0:
+        return y
+    strides = (OUT, 1) if transposed else (1, INNER)
+    tile = config.choose(T, OUT, a, weight, batch_invariant=batch_invariant)
+    with config.on_device(a):
+        expand_kernel[config.grid(tile, T, OUT)](
+            a, weight, *strides, bias, y, T, INNER, OUT,
+            **config.constants(tile, a, INNER), **config.options(tile),
+        )  # fmt: skip
+    return y
+
+
+def forward(
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    save_h: bool = False,
+    batch_invariant: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """y = ((x V) ⊙ d_row ⊙ scale) Uᵀ + bias, (T, m); and h = x V, (T, r), with ``save_h``.
+
+    The backend contract of ``ops/reference.py``. Two launches, no reduction across programs.
+    """
+    shape = (x.shape[0], V.shape[1])
+    hd = torch.empty(shape, dtype=x.dtype, device=x.device)
+    h = torch.empty_like(hd) if save_h else None
+    project(x, V, d, base, slot, scale, h=h, hd=hd, batch_invariant=batch_invariant)
+    y = expand(hd, U, bias, transposed=False, batch_invariant=batch_invariant)
+    return y, h
+

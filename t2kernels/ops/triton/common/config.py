@@ -1,0 +1,158 @@
+"""Tile sizes by plain rule: dtype, tokens and outputs in, one ``Tile`` out. Nothing is tuned at
+run time, so a first call costs one compilation and a captured graph never sees a benchmark.
+
+The sizes were chosen from the compiled code (shared memory, registers, instructions) and from
+the floors of each regime; ``tests/ops/test_triton_compile.py`` holds them to those facts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tiles import tile_index
+
+
+class Tile(NamedTuple):
+    """One way to cut a (tokens, outputs) product; ``chunk`` is the epilogue's column step."""
+
+    tokens: int
+    outputs: int
+    inner: int
+    warps: int
+    stages: int
+    weights_first: bool = False
+    chunk: int = 64
+
+
+# 16-bit activations. Decode reads weights at memory speed: many narrow tiles, several loads in
+# flight, tokens on the short side of the instruction.
+DECODE_16 = Tile(16, 32, 128, 4, 5, weights_first=True)
+DECODE_32 = Tile(32, 64, 128, 4, 4, weights_first=True)
+DECODE_64 = Tile(64, 64, 128, 4, 4, weights_first=True)
+MEDIUM = Tile(64, 128, 64, 4, 4)
+LARGE = Tile(128, 256, 64, 8, 3, chunk=32)
+# int8 weights pass through registers on their way to the activations' dtype: a smaller tile.
+LARGE_INT8 = Tile(128, 128, 64, 8, 4, chunk=32)
+# fp32 multiplies on the ordinary cores (IEEE, no tf32): the tile is bounded by registers.
+DECODE_FP32 = Tile(16, 32, 64, 4, 3, weights_first=True)
+FP32 = Tile(64, 64, 32, 4, 3)
+FP32_LARGE = Tile(128, 128, 16, 8, 3)
+
+# The one configuration of batch-invariant mode, for every T: a row's bits then depend on its own
+# values alone, because the walk over the inner axis is the same wherever the row lies. A
+# compromise between decode (64 outputs: enough programs to read memory) and prefill.
+INVARIANT = DECODE_64
+INVARIANT_FP32 = FP32
+
+SHIPPED = (DECODE_16, DECODE_32, DECODE_64, MEDIUM, LARGE, LARGE_INT8, DECODE_FP32, FP32, FP32_LARGE)
+
+# Programs below which a large tile leaves a big GPU (108 to 148 multiprocessors) idle.
+FEW_PROGRAMS = 96
+# Token tiles that share a strip of weights in L2.
+GROUP = 8
+
+# Multiply-add in one rounding, said aloud: Triton 3.9 warns where it is left to the default,
+# which a later version changes.
+FUSION = {"enable_fp_fusion": True}
+
+# Decided by TRITON_INTERPRET when the kernels were first imported.
+INTERPRETED = not isinstance(tile_index, triton.JITFunction)
+
+
+def choose(
+    tokens: int, outputs: int, x: Tensor, weight: Tensor, *, batch_invariant: bool = False
+) -> Tile:
+    """The tile for a product of ``tokens`` rows and ``outputs`` columns."""
+    narrow = x.dtype.itemsize <= 2
+    if not narrow:
+        if batch_invariant:
+            return INVARIANT_FP32
+        if tokens <= 16:
+            return DECODE_FP32
+        return FP32_LARGE if _programs(FP32_LARGE, tokens, outputs) >= FEW_PROGRAMS else FP32
+    shared = shared_limit(x.device)
+    if batch_invariant:
+        return fit(INVARIANT, shared)
+    if tokens <= 16:
+        return DECODE_16
+    if tokens <= 32:
+        return fit(DECODE_32, shared)
+    if tokens <= 64:
+        return fit(DECODE_64, shared)
+    large = LARGE_INT8 if weight.dtype == torch.int8 else LARGE
+    return fit(large if _programs(large, tokens, outputs) >= FEW_PROGRAMS else MEDIUM, shared)
+
+
+def fit(tile: Tile, shared: int) -> Tile:
+    """``tile``, or a smaller relative where its buffers exceed ``shared`` bytes: consumer GPUs
+    (sm_86, sm_89, sm_120) offer 99 KiB a block where sm_80 has 163 and sm_90 227."""
+    if tile_bytes(tile) <= shared:
+        return tile
+    if tile in (LARGE, LARGE_INT8):
+        return fit(MEDIUM, shared)
+    return fit(tile._replace(stages=tile.stages - 1), shared)
+
+
+def tile_bytes(tile: Tile) -> int:
+    """Shared memory of the load buffers for 16-bit operands."""
+    return 2 * tile.stages * tile.inner * (tile.tokens + tile.outputs)
+
+
+@functools.cache
+def _shared_of(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).shared_memory_per_block_optin)
+
+
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory one program may use on ``device``."""
+    if device.type != "cuda":
+        return 1 << 30
+    return _shared_of(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _programs(tile: Tile, tokens: int, outputs: int) -> int:
+    return triton.cdiv(tokens, tile.tokens) * triton.cdiv(outputs, tile.outputs)
+
+
+def grid(tile: Tile, tokens: int, outputs: int) -> tuple[int]:
+    """One program per tile, on one axis: it may hold 2^31 - 1 of them."""
+    return (_programs(tile, tokens, outputs),)
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """fp32 for everything up to fp32, fp64 for fp64."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def constants(tile: Tile, x: Tensor, inner: int) -> dict[str, Any]:
+    """The compile-time arguments that every product kernel takes."""
+    return {
+        "ACC": accumulator(x.dtype),
+        "BLOCK_T": tile.tokens,
+        "BLOCK_OUT": tile.outputs,
+        "BLOCK_INNER": tile.inner,
+        "EVEN_INNER": inner % tile.inner == 0,
+        "WEIGHTS_FIRST": tile.weights_first,
+        "GROUP": GROUP,
+        # The interpreter multiplies bf16 bit patterns as integers.
+        "UPCAST": INTERPRETED and x.dtype == torch.bfloat16,
+    }
+
+
+def options(tile: Tile) -> dict[str, Any]:
+    """Launch options of Triton."""
+    return {"num_warps": tile.warps, "num_stages": tile.stages, **FUSION}
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current GPU: make it the one that holds ``x``."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)

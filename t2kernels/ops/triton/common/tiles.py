@@ -1,0 +1,137 @@
+"""Device functions: the walk over a product's inner axis, the diagonal of a tile, tile order.
+
+Nothing here is launched by itself; the kernels in ``forward.py`` and ``backward.py`` are these
+pieces plus an epilogue.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_index(pid, tile_rows, tile_cols, GROUP: tl.constexpr):
+    """Program number -> (token tile, output tile).
+
+    GROUP token tiles are finished for one output tile before the next output tile starts, so
+    that a strip of the weights is read from L2 rather than from memory by the programs that run
+    together.
+    """
+    per_group = GROUP * tile_cols
+    first = (pid // per_group) * GROUP
+    rows_here = tl.minimum(tile_rows - first, GROUP)
+    within = pid % per_group
+    return first + within % rows_here, within // rows_here
+
+
+@triton.jit
+def product_tile(
+    a_ptr,  # (T, INNER), last axis contiguous
+    stride_a,
+    t,  # (BLOCK_T,) int64 token numbers of this tile
+    T,
+    b_ptr,  # (INNER, OUT) with any two strides, one of them the literal 1
+    stride_b_inner,
+    stride_b_out,
+    o,  # (BLOCK_OUT,) int64 output columns of this tile
+    OUT,
+    INNER,
+    ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    EVEN_INNER: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """(A B)[t, o] as a (BLOCK_T, BLOCK_OUT) tile in ACC, summed in one fixed order.
+
+    WEIGHTS_FIRST computes Bᵀ Aᵀ and returns its transpose: the weights then fill the long side
+    of the tensor-core instruction and a handful of tokens its short side. The inner axis is
+    walked in the same order in both cases. Integer weights are converted to A's dtype on the
+    way. UPCAST multiplies in ACC (for the interpreter, whose bf16 product is wrong).
+    """
+    k = tl.arange(0, BLOCK_INNER)
+    if WEIGHTS_FIRST:
+        a_ptrs = a_ptr + t[None, :] * stride_a + k[:, None]
+        b_ptrs = b_ptr + o[:, None] * stride_b_out + k[None, :] * stride_b_inner
+        a_mask = t[None, :] < T
+        b_mask = o[:, None] < OUT
+        acc = tl.zeros((BLOCK_OUT, BLOCK_T), dtype=ACC)
+    else:
+        a_ptrs = a_ptr + t[:, None] * stride_a + k[None, :]
+        b_ptrs = b_ptr + k[:, None] * stride_b_inner + o[None, :] * stride_b_out
+        a_mask = t[:, None] < T
+        b_mask = o[None, :] < OUT
+        acc = tl.zeros((BLOCK_T, BLOCK_OUT), dtype=ACC)
+
+    for k0 in range(0, INNER, BLOCK_INNER):
+        if EVEN_INNER:
+            a = tl.load(a_ptrs, mask=a_mask, other=0)
+            b = tl.load(b_ptrs, mask=b_mask, other=0)
+        elif WEIGHTS_FIRST:
+            a = tl.load(a_ptrs, mask=a_mask & (k[:, None] < INNER - k0), other=0)
+            b = tl.load(b_ptrs, mask=b_mask & (k[None, :] < INNER - k0), other=0)
+        else:
+            a = tl.load(a_ptrs, mask=a_mask & (k[None, :] < INNER - k0), other=0)
+            b = tl.load(b_ptrs, mask=b_mask & (k[:, None] < INNER - k0), other=0)
+        if UPCAST:
+            a = a.to(ACC)
+        b = b.to(a.dtype)
+        # "ieee": fp32 is multiplied in fp32, never in tf32; 16-bit types are not affected.
+        if WEIGHTS_FIRST:
+            acc = tl.dot(b, a, acc, input_precision="ieee", out_dtype=ACC)
+        else:
+            acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=ACC)
+        a_ptrs += BLOCK_INNER
+        # A row-major weight moves by whole rows: in 64 bits, for rows of any length.
+        b_ptrs += tl.full((), BLOCK_INNER, tl.int64) * stride_b_inner
+
+    if WEIGHTS_FIRST:
+        acc = tl.trans(acc)
+    return acc
+
+
+@triton.jit
+def halves(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """A tile's left and right half. In a tensor-core layout each thread owns columns of both,
+    so this moves no data."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def diagonal_tile(
+    d_ptr,  # (R,) or, with slot_ptr, (slots, R): row stride stride_d
+    stride_d,
+    base_ptr,  # (R,)
+    slot_ptr,  # (T,) int32 or None
+    scale_ptr,  # (R,) or None
+    t,
+    T,
+    r,
+    R,
+):
+    """d_row[t, r], broadcast (1, cols) for one d or gathered (rows, cols) per slot; -1 -> base."""
+    if slot_ptr is None:
+        rows = tl.load(d_ptr + r, mask=r < R, other=0)[None, :]
+    else:
+        slot = tl.load(slot_ptr + t, mask=t < T, other=-1)
+        has_slot = slot >= 0
+        offset = tl.where(has_slot, slot, 0).to(tl.int64) * stride_d
+        in_rank = (r < R)[None, :]
+        own = tl.load(
+            d_ptr + offset[:, None] + r[None, :], mask=has_slot[:, None] & in_rank, other=0
+        )
+        base = tl.load(base_ptr + r, mask=r < R, other=0)[None, :]
+        rows = tl.where(has_slot[:, None], own, base)
+    if scale_ptr is not None:
+        rows = rows * tl.load(scale_ptr + r, mask=r < R, other=0)[None, :]
+    return rows
+
+
+@triton.jit
+def store_tile(ptr, stride, t, T, c, COLS, tile):
+    """Write a tile of a (T, COLS) row-major array, rounding to the array's dtype."""
+    mask = (t < T)[:, None] & (c < COLS)[None, :]
+    tl.store(ptr + t[:, None] * stride + c[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
