@@ -1,0 +1,89 @@
+// The one file that knows Python: addresses, sizes, strides, type codes in; nothing else.
+// No torch header, no Python object below this line of the house. The GIL is released during every kernel.
+// Each function keeps the name and the arguments of csrc/cpu/svf_cpu.h or csrc/cuda/svf_cuda.h: read them there.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "build_info.h"
+#include "cpu/svf_cpu.h"
+#ifdef T2_WITH_CUDA
+#include "cuda/svf_cuda.h"
+#endif
+
+namespace py = pybind11;
+using py::arg;
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+namespace {
+
+std::vector<std::string> words(const std::string& text) {
+  std::istringstream stream(text);
+  std::vector<std::string> out;
+  for (std::string word; stream >> word;) out.push_back(word);
+  return out;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = T2_VERSION;
+  info["compiler"] = T2_COMPILER;
+  info["build_type"] = T2_BUILD_TYPE;
+  info["cpu_isas"] = words(T2_CPU_ISAS);
+#ifdef T2_WITH_CUDA
+  info["cuda"] = true;
+  info["cudart"] = t2::cuda::runtime_version();
+#else
+  info["cuda"] = false;
+#endif
+  info["nvcc"] = T2_NVCC_VERSION;
+  info["cuda_archs"] = words(T2_CUDA_ARCHS);
+  return info;
+}
+
+void bind_cpu(py::module_& m) {
+  using namespace t2::cpu;
+  m.def("isa_name", &isa_name, arg("isa"));
+  m.def("isa_available", &isa_available);
+  m.def("isa_code", &isa_code, arg("name"));
+  m.def("thread_runtime", &thread_runtime);
+  m.def("svf_forward", &svf_forward, Unlocked(), arg("x"), arg("x_stride"), arg("U"), arg("V"), arg("d"),
+        arg("d_stride"), arg("slots"), arg("slot"), arg("base"), arg("bias"), arg("scale"), arg("y"), arg("h"),
+        arg("T"), arg("n"), arg("r"), arg("m"), arg("x_dtype"), arg("w_dtype"), arg("n_threads"), arg("isa"));
+  m.def("linear", &linear, Unlocked(), arg("x"), arg("x_stride"), arg("W"), arg("bias"), arg("y"), arg("T"), arg("n"),
+        arg("m"), arg("x_dtype"), arg("w_dtype"), arg("n_threads"), arg("isa"));
+  m.def("scale_rows", &scale_rows, Unlocked(), arg("h"), arg("h_stride"), arg("out"), arg("out_stride"), arg("d"),
+        arg("d_stride"), arg("slots"), arg("slot"), arg("base"), arg("scale"), arg("T"), arg("r"), arg("dtype"),
+        arg("n_threads"), arg("isa"));
+  m.def("backward_rows", &backward_rows, Unlocked(), arg("gu"), arg("gu_stride"), arg("h"), arg("h_stride"), arg("d"),
+        arg("d_stride"), arg("slot"), arg("base"), arg("scale"), arg("dd"), arg("slots"), arg("T"), arg("r"),
+        arg("dtype"), arg("n_threads"), arg("isa"));
+  m.def("dequantise", &dequantise, Unlocked(), arg("q"), arg("scale"), arg("scale_axis"), arg("out"), arg("rows"),
+        arg("cols"), arg("dtype"), arg("n_threads"), arg("isa"));
+  m.def("read_bandwidth", &read_bandwidth, Unlocked(), arg("bytes"), arg("repeats"), arg("n_threads"));
+}
+
+#ifdef T2_WITH_CUDA
+void bind_cuda(py::module_& m) {
+  using namespace t2::cuda;
+  m.def("cuda_svf_decode", &svf_decode, Unlocked(), arg("x"), arg("x_stride"), arg("U"), arg("V"), arg("d"),
+        arg("d_stride"), arg("slots"), arg("slot"), arg("base"), arg("bias"), arg("scale"), arg("y"), arg("h"),
+        arg("work"), arg("T"), arg("n"), arg("r"), arg("m"), arg("x_dtype"), arg("w_dtype"), arg("device"),
+        arg("stream"));
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "CPU and CUDA kernels of t2kernels on raw addresses; use t2kernels.svf_linear instead.";
+  m.def("build_info", &build_info);
+  bind_cpu(m);
+#ifdef T2_WITH_CUDA
+  bind_cuda(m);
+#endif
+}

@@ -1,0 +1,3 @@
+#include "decode.cuh"
+
+template void t2::cuda::decode<float, float>(const DecodeCall&);

@@ -1,0 +1,53 @@
+// Host side of a launch: the right device, the given stream, errors as exceptions.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace t2::cuda {
+
+inline void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string("t2kernels: ") + what + " failed: " + cudaGetErrorName(status) + " (" +
+                           cudaGetErrorString(status) + ")");
+}
+
+// Makes `device` current while it lives. Torch has a CUDA runtime of its own; both see the driver's current
+// context, so the former device must come back.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) : device_(device) {
+    check(cudaGetDevice(&former_), "cudaGetDevice");
+    if (former_ != device_) check(cudaSetDevice(device_), "cudaSetDevice");
+  }
+  ~DeviceGuard() {
+    if (former_ != device_) cudaSetDevice(former_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int device_;
+  int former_ = 0;
+};
+
+template <typename... Expected, typename... Given>
+void launch(void (*kernel)(Expected...), const char* what, std::int64_t blocks, int threads, cudaStream_t stream,
+            Given&&... arguments) {
+  if (blocks > std::numeric_limits<std::int32_t>::max()) {
+    throw std::invalid_argument(std::string("t2kernels: ") + what + ": too large for one grid, " +
+                                std::to_string(blocks) + " blocks. Split the call along the tokens.");
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, std::forward<Given>(arguments)...), what);
+}
+
+}  // namespace t2::cuda
