@@ -1,0 +1,201 @@
+"""Which weights: the names "all-linear", "mlp", "attention", suffixes and regular expressions.
+
+Pure functions of layer names, shared by what reads checkpoints (names from an index) and what
+walks modules. A name is that of the layer, ``model.layers.0.mlp.up_proj``; a trailing ``.weight``
+is ignored. Names alone cannot tell a linear from any other 2-D weight: the caller knows modules
+or shapes, this module knows embeddings, norms, output heads and routers by what they are called.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+__all__ = [
+    "GROUPS",
+    "Targets",
+    "check_targets",
+    "classify",
+    "is_conv1d",
+    "match",
+    "normalise",
+    "unmatched",
+]
+
+Targets = str | Sequence[str]
+
+#: words that stand for groups of layers
+GROUPS = ("all-linear", "mlp", "attention")
+
+_EMBEDDINGS = {
+    "embed_tokens", "wte", "wpe", "shared", "embed_in", "embed_positions", "word_embeddings",
+    "position_embeddings", "token_type_embeddings", "tok_embeddings", "token_embedding",
+    "position_embedding", "relative_attention_bias", "embeddings", "patch_embedding",
+    "patch_embeddings", "embed_tokens_per_layer", "rotary_emb",
+}  # fmt: skip
+_HEADS = {
+    "lm_head", "embed_out", "classifier", "score", "qa_outputs", "seq_relationship", "v_head",
+    "cls.predictions.decoder", "classification_head", "masked_bias",
+}  # fmt: skip
+_NORM = re.compile(r"norm|(^|_)ln(\d|_|$)|^bn\d*$")
+_ROUTERS = {"router", "gate", "shared_expert_gate", "wg"}
+_MLP_PARTS = {
+    "mlp", "ffn", "ff", "feed_forward", "feedforward", "densereludense", "intermediate", "moe",
+    "block_sparse_moe", "experts", "shared_expert", "shared_experts", "mlps",
+}  # fmt: skip
+_MLP_LEAVES = {
+    "fc1", "fc2", "fc_in", "fc_out", "c_fc", "gate_proj", "up_proj", "down_proj", "gate_up_proj",
+    "dense_h_to_4h", "dense_4h_to_h", "w1", "w2", "w3", "wi", "wi_0", "wi_1", "wo", "lin1", "lin2",
+    "linear1", "linear2",
+}  # fmt: skip
+_ATTENTION_LEAVES = {
+    "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query", "key", "value",
+    "query_key_value", "qkv", "wqkv", "wq", "wk", "wv", "q_lin", "k_lin", "v_lin", "out_lin",
+}  # fmt: skip
+# The module types of transformers whose blocks use Conv1D, with the layers that are one.
+_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+_CONV1D_LEAVES = {"c_attn", "c_proj", "c_fc", "q_attn"}
+
+
+def classify(name: str) -> str:
+    """What a layer is by its name: attention, mlp, embedding, norm, head, router or other.
+
+    The innermost part of the path that says "attention" or "mlp" decides; without one, the
+    well-known last names do (OPT's ``layers.0.fc1``, BERT's ``layer.0.output.dense``).
+
+    >>> classify("model.layers.3.self_attn.q_proj"), classify("h.0.mlp.c_proj.weight")
+    ('attention', 'mlp')
+    >>> classify("encoder.layer.0.attention.output.dense"), classify("encoder.layer.0.output.dense")
+    ('attention', 'mlp')
+    """
+    parts = normalise(name).lower().split(".")
+    leaf = parts[-1]
+    if "lm_head" in parts or _HEADS & {leaf, ".".join(parts[-3:])} or parts == ["output"]:
+        return "head"
+    if _EMBEDDINGS & set(parts) or leaf.endswith(("_embeddings", "_embedding", "_embed")):
+        return "embedding"
+    if _NORM.search(leaf):
+        return "norm"
+    if leaf in _ROUTERS or parts[-2:] == ["router", "classifier"]:
+        return "router"
+    for part in reversed(parts):
+        if part in _MLP_PARTS or part.startswith("mlp_"):
+            return "mlp"
+        if "attn" in part or "attention" in part:
+            return "attention"
+    if leaf in _MLP_LEAVES or (parts[-2:] == ["output", "dense"] and len(parts) > 2):
+        return "mlp"
+    return "attention" if leaf in _ATTENTION_LEAVES else "other"
+
+
+def match(name: str, targets: Targets = "all-linear", exclude: Targets | None = None) -> bool:
+    """Whether ``targets`` ask for the layer ``name`` and ``exclude`` does not.
+
+    Each entry of either is one of:
+
+    - "all-linear": everything but embeddings, norms, output heads and routers;
+    - "mlp", "attention": by ``classify``;
+    - a name or the end of one, whole parts: "q_proj", "mlp.up_proj", "model.layers.0.mlp.up_proj";
+    - a regular expression that matches the whole name: r".*layers\\.[0-3]\\..*_proj".
+
+    An output head or a router must be named by itself, no word and no expression reaches it;
+    embeddings and norms are never matched.
+
+    >>> match("h.0.attn.c_attn", "attention"), match("lm_head", ".*"), match("lm_head", ["lm_head"])
+    (True, False, True)
+    """
+    name = normalise(name)
+    kind = classify(name)
+    if kind in ("embedding", "norm"):
+        return False
+    wanted = any(_entry_matches(name, kind, entry) for entry in _entries(targets, "targets"))
+    if not wanted or exclude is None:
+        return wanted
+    return not any(_entry_matches(name, kind, entry) for entry in _entries(exclude, "exclude"))
+
+
+def normalise(name: str) -> str:
+    """The layer's name: without a trailing ".weight"."""
+    return name.removesuffix(".weight")
+
+
+def unmatched(names: Iterable[str], targets: Targets) -> list[str]:
+    """The entries of ``targets`` that ask for none of ``names``.
+
+    >>> unmatched(["h.0.mlp.c_fc", "h.0.mlp.c_proj"], ["c_fc", "c_prj"])
+    ['c_prj']
+    """
+    known = list(names)
+    return [e for e in _entries(targets, "targets") if not any(match(n, e) for n in known)]
+
+
+def check_targets(names: Iterable[str], targets: Targets, what: str = "targets") -> None:
+    """Raises ValueError where an entry of ``targets`` asks for none of ``names``.
+
+    The message names what comes near: a misspelt layer must not silently train nothing.
+    """
+    known = [normalise(name) for name in names]
+    missed = unmatched(known, targets)
+    if not missed:
+        return
+    entry = missed[0]
+    # Neighbours are looked for among the ends of names with as many parts as the entry has.
+    parts = entry.count(".") + 1
+    ends = sorted({".".join(name.split(".")[-parts:]) for name in known if classify(name) != "norm"})
+    near = difflib.get_close_matches(entry, [*ends, *GROUPS], n=4, cutoff=0.5)
+    hint = f"Did you mean {', '.join(map(repr, near))}?" if near else f"There are {ends[:8]}."
+    if any(name == entry or name.endswith("." + entry) for name in known):
+        hint = "It is an embedding or a norm, which have no SVF form."
+    raise ValueError(
+        f"{what}: {entry!r} matches none of {len(known)} layers. {hint} "
+        f"Use one of {', '.join(map(repr, GROUPS))}, the end of a layer's name, "
+        "or a regular expression that matches the whole name."
+    )
+
+
+def is_conv1d(name: str, model_types: Iterable[str]) -> bool:
+    """Whether a checkpoint of these model types stores the layer as Conv1D: (in, out).
+
+    >>> is_conv1d("h.0.attn.c_attn", ["gpt2"]), is_conv1d("h.0.attn.c_attn", ["gpt_bigcode"])
+    (True, False)
+    """
+    leaf = normalise(name).rsplit(".", 1)[-1]
+    return leaf in _CONV1D_LEAVES and not _CONV1D_MODELS.isdisjoint(model_types)
+
+
+def _entries(targets: Targets, what: str) -> list[str]:
+    if isinstance(targets, str):
+        entries = [targets]
+    elif isinstance(targets, Sequence) or isinstance(targets, (set, frozenset)):
+        entries = list(targets)
+    else:
+        raise TypeError(
+            f"{what} must be a str or a list of str, got {type(targets).__name__}."
+        )
+    for entry in entries:
+        if not isinstance(entry, str):
+            raise TypeError(f"{what} must hold str, got {entry!r}.")
+        if not entry:
+            raise ValueError(f"{what} must not hold an empty string.")
+    if what == "targets" and not entries:
+        raise ValueError(f"targets must not be empty. Use one of {', '.join(map(repr, GROUPS))}.")
+    return entries
+
+
+def _entry_matches(name: str, kind: str, entry: str) -> bool:
+    if entry in ("mlp", "attention"):
+        return kind == entry
+    if entry == "all-linear":
+        return kind not in ("head", "router")
+    entry = normalise(entry)
+    if name == entry or name.endswith("." + entry):
+        return True
+    try:
+        found = re.fullmatch(entry, name) is not None
+    except re.error as error:
+        raise ValueError(
+            f"targets: {entry!r} is neither the end of a layer's name nor a regular expression: "
+            f"{error}."
+        ) from error
+    return found and kind not in ("head", "router")
