@@ -42,9 +42,15 @@ class Inputs:
         """The same (already rounded) values in fp64, for the truth."""
 
         def up(t: Tensor | None) -> Tensor | None:
-            return t if t is None or not (t.is_floating_point() or t.dtype == torch.int8) else t.double()
+            return (
+                t
+                if t is None or not (t.is_floating_point() or t.dtype == torch.int8)
+                else t.double()
+            )
 
-        fields = {name: up(getattr(self, name)) for name in ("x", "U", "V", "d", "base", "bias", "scale")}
+        fields = {
+            name: up(getattr(self, name)) for name in ("x", "U", "V", "d", "base", "bias", "scale")
+        }
         return replace(self, **fields)
 
 
@@ -100,7 +106,9 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
     """‖actual − truth‖ / ‖truth‖ in fp64; inf if anything is not finite."""
     a, b = actual.detach().double().cpu(), truth.detach().double().cpu()
     if a.shape != b.shape:
-        raise ValueError(f"relative_error: shapes differ, {tuple(a.shape)} against {tuple(b.shape)}")
+        raise ValueError(
+            f"relative_error: shapes differ, {tuple(a.shape)} against {tuple(b.shape)}"
+        )
     if not torch.isfinite(a).all():
         return float("inf")
     if a.numel() == 0:

@@ -31,9 +31,7 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def diagonal_rows(
-    d: Tensor, base: Tensor, slot: Tensor | None, scale: Tensor | None
-) -> Tensor:
+def diagonal_rows(d: Tensor, base: Tensor, slot: Tensor | None, scale: Tensor | None) -> Tensor:
     """The diagonal of every token: (r,) for one d, (T, r) with slots; slot -1 selects ``base``."""
     if slot is None:
         rows = d

@@ -1,0 +1,384 @@
+"""A bank of experts on one model: which request gets which mixture, and merging."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .convert import converted_layers
+from .diagonal import MIXTURES, mix
+from .expert import Expert
+from .files import check_name
+from .nn.routing import ROW_ORDERS, Plan, Route
+from .ops.library import check_slot_values
+
+Mixture = str | Mapping[str, float] | None
+
+
+class ExpertBank:
+    """Named experts of one converted model, all resident, mixed per request.
+
+    A mixture is z = 1 + Σ_k α_k (z_k − 1), so {"math": 0.5} is half-way from the base to math.
+
+    Attributes:
+        names: the experts, in the order of the K axis of alpha.
+        layers: the layers' names, in the order of the L axis of alpha.
+
+    >>> import torch, t2kernels as t2k
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    >>> report = t2k.convert(model)
+    >>> bank = ExpertBank(model)
+    >>> bank.add("loud", Expert({"0": torch.full((4,), 3.0)}))
+    >>> x = torch.randn(2, 1, 4)
+    >>> with torch.no_grad(), bank.use(["loud", None]):
+    ...     y = model(x)
+    >>> W, b = model[0].weight, model[0].bias
+    >>> torch.allclose(y[0], 3 * x[0] @ W.T + b, atol=1e-5)
+    True
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = converted_layers(model)
+        self.model = model
+        self._route: Route = model._t2_route  # type: ignore[assignment]
+        self._experts: dict[str, Expert] = {}
+        self._flat: dict[str, Tensor] = {}
+        self._arenas: list[Tensor] = []  # one per depth of nested `use`
+        self._depth = 0
+
+    # -- members -------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._experts)
+
+    @property
+    def layers(self) -> list[str]:
+        return list(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._experts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._experts)
+
+    def __getitem__(self, name: str) -> Expert:
+        self._known(name)
+        return self._experts[name]
+
+    def add(
+        self, name: str, expert: Expert, *, overwrite: bool = False, allow_mismatch: bool = False
+    ) -> None:
+        """Make ``expert`` available as ``name``.
+
+        Raises when the name is taken (``overwrite``), or when the expert belongs to another model
+        or another base weight (``allow_mismatch``).
+        """
+        check_name(name, "expert name")
+        if not isinstance(expert, Expert):
+            raise TypeError(
+                f"ExpertBank.add: expert must be an Expert, got {type(expert).__name__}. "
+                "Load a file with Expert.load(path)."
+            )
+        if name in self._experts and not overwrite:
+            raise ValueError(
+                f"ExpertBank.add: there is an expert {name!r} already. Choose another name or pass "
+                "overwrite=True."
+            )
+        fitted = expert.fitted(self._layers, allow_mismatch=allow_mismatch)
+        self._flat[name] = torch.cat(
+            [fitted.get(n, torch.ones(layer.rank)) for n, layer in self._layers.items()]
+        ).to(self._device)
+        self._experts[name] = expert
+
+    def remove(self, name: str) -> None:
+        """Forget the expert ``name``."""
+        self._known(name)
+        del self._experts[name], self._flat[name]
+
+    def save(self, folder: str | Path) -> None:
+        """One safetensors file per expert, named after it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, expert in self._experts.items():
+            expert.save(folder / f"{name}.safetensors")
+
+    def load(self, folder: str | Path, *, allow_mismatch: bool = False) -> list[str]:
+        """Add every expert file of ``folder``, in order of their names; returns the names."""
+        paths = sorted(Path(folder).glob("*.safetensors"))
+        if not paths:
+            raise FileNotFoundError(f"ExpertBank.load: no *.safetensors in {folder}.")
+        for path in paths:
+            self.add(path.stem, Expert.load(path), allow_mismatch=allow_mismatch)
+        return [path.stem for path in paths]
+
+    # -- routing -------------------------------------------------------------------------------
+
+    @contextmanager
+    def use(
+        self,
+        routing: Mixture | Sequence[Mixture] | Tensor,
+        *,
+        slot: Tensor | None = None,
+        row_order: str | None = None,
+        mixture: str = "deviation",
+        base_rows: str = "factorised",
+    ) -> Iterator[None]:
+        """Inside, the bank decides which expert each row uses; the layers' own z rest.
+
+        Args:
+            routing: a name, a {name: weight}, or None (the base) for all rows; a list of these,
+                one per request; or alpha, a (B, K) or (B, L, K) tensor of mixing weights over
+                ``names`` (and ``layers``). Gradients reach alpha.
+            slot: (tokens,) int32, the request of every token (-1 = base) of a flattened input, for
+                packed batches; otherwise rows follow the batch axis, and beams and several return
+                sequences repeat rows in order.
+            row_order: what the first axis of 2-D inputs is: "batch" (one row per row of the
+                batch, like a pooler) or "flat" (all tokens of the batch in order). Never guessed.
+            mixture: "deviation", "paper", "paper-normalised" or "authors"; see ``mix``.
+            base_rows: in a mixed batch a None row is computed with d = σ, exact to rounding
+                ("factorised"), or with the stored W at the cost of a dense product ("stored").
+
+        Where no row has an expert, the stored W is used and the output is bit-exact. Backward must
+        run inside the same block. May be nested; the inner block decides.
+        """
+        self._check_model()
+        if self._route.merged is not None:
+            raise RuntimeError("ExpertBank.use: an expert is merged; call bank.unmerge() first.")
+        for what, value, allowed in (
+            ("row_order", row_order, ROW_ORDERS),
+            ("mixture", mixture, MIXTURES),
+            ("base_rows", base_rows, ("factorised", "stored")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"ExpertBank.use: {what} must be one of {allowed}, got {value!r}.")
+        if base_rows == "stored" and any(m.weight is None for m in self._layers.values()):
+            raise ValueError("ExpertBank.use: base_rows='stored' needs convert(keep_weight=True).")
+        plan = self._plan(routing, slot, mixture)
+        plan.row_order, plan.stored_base_rows = row_order, base_rows == "stored"
+        self._depth += 1
+        try:
+            with self._route.using(plan):
+                yield
+        finally:
+            self._depth -= 1
+
+    def _plan(
+        self, routing: Mixture | Sequence[Mixture] | Tensor, slot: Tensor | None, mixture: str
+    ) -> Plan:
+        if isinstance(routing, Tensor):
+            return self._plan_alpha(routing, slot, mixture)
+        single = routing is None or isinstance(routing, (str, Mapping))
+        if not single and not isinstance(routing, Sequence):
+            raise TypeError(
+                "ExpertBank.use: routing must be a name, a {name: weight}, None, a list of these, "
+                f"or an alpha tensor, got {type(routing).__name__}."
+            )
+        requests: list[Any] = [routing] if single else list(routing)  # type: ignore[arg-type]
+        if not requests:
+            raise ValueError("ExpertBank.use: routing is an empty list; name one entry per row.")
+        weights = [self._weights(entry, mixture) for entry in requests]
+        distinct = list(dict.fromkeys(w for w in weights if w))
+        key = (mixture, tuple(self._content(w) for w in weights))
+        if not distinct:
+            return Plan("base", ("own", ()), len(requests))
+        involved = [n for n in self.names if any(n in dict(w) for w in distinct)]
+        alpha = torch.tensor([[dict(w).get(n, 0.0) for n in involved] for w in distinct])
+        Z = torch.stack([self._vector(n) for n in involved])
+        arena = self._arena(len(distinct))
+        arena[: len(distinct)] = self._diagonals(Z, alpha.to(Z.device), mixture)
+        if slot is None and (single or len(requests) == 1):
+            return Plan("uniform", (mixture, (self._content(weights[0]),)), 1, arena)
+        rows = torch.tensor([distinct.index(w) if w else -1 for w in weights], dtype=torch.int32)
+        return self._rows_plan(key, arena, rows, slot)
+
+    def _plan_alpha(self, alpha: Tensor, slot: Tensor | None, mixture: str) -> Plan:
+        K, L = len(self._experts), len(self._layers)
+        if K == 0:
+            raise ValueError("ExpertBank.use: the bank is empty; add an expert first.")
+        if alpha.shape[-1] != K or alpha.dim() not in (2, 3) or (
+            alpha.dim() == 3 and alpha.shape[1] != L
+        ):  # fmt: skip
+            raise ValueError(
+                f"ExpertBank.use: alpha must have shape (B, K) = (B, {K}) or (B, L, K) = "
+                f"(B, {L}, {K}), got {tuple(alpha.shape)}. The order is bank.names, bank.layers."
+            )
+        if alpha.shape[0] == 0 or not alpha.is_floating_point():
+            raise ValueError(
+                f"ExpertBank.use: alpha must be a float tensor with at least one row, got "
+                f"{tuple(alpha.shape)} {alpha.dtype}."
+            )
+        if not bool(torch.isfinite(alpha.detach()).all()):
+            raise ValueError("ExpertBank.use: alpha must be finite.")
+        alpha = alpha.to(self._device, torch.float32)
+        Z = torch.stack([self._vector(n) for n in self.names])
+        B = alpha.shape[0]
+        rows = torch.arange(B, dtype=torch.int32)
+        if alpha.requires_grad:
+            plan = self._rows_plan(object(), None, rows, slot)
+            plan.alpha, plan.experts, plan.mixture = alpha, Z, mixture
+            return plan
+        # Row by row, the content that decides: for caches, and for rows that are the base.
+        content = tuple(row.cpu().numpy().tobytes() for row in alpha)
+        key = ("alpha", mixture, tuple(id(e) for e in self._experts.values()), content)
+        if mixture == "deviation":
+            zero = (alpha.flatten(1) == 0).all(1).cpu()
+            if bool(zero.all()):
+                return Plan("base", ("own", ()), B)
+            rows[zero] = -1
+        arena = self._arena(B)
+        arena[:B] = self._diagonals(Z, alpha, mixture)
+        return self._rows_plan(key, arena, rows, slot)
+
+    def _rows_plan(
+        self, key: object, arena: Tensor | None, rows: Tensor, slot: Tensor | None
+    ) -> Plan:
+        rows = rows.to(self._device)
+        if slot is None:
+            return Plan("rows", key, rows.shape[0], arena, rows)
+        if slot.dtype != torch.int32 or slot.dim() != 1:
+            raise TypeError(
+                f"ExpertBank.use: slot must be (tokens,) int32, got {tuple(slot.shape)} {slot.dtype}."
+            )
+        check_slot_values(slot, rows.shape[0])
+        slot = slot.to(self._device)
+        with_base = torch.cat([rows, rows.new_full((1,), -1)])  # index -1 is the base
+        key = (key, slot.cpu().numpy().tobytes())
+        return Plan("rows", key, rows.shape[0], arena, rows, with_base[slot.long()])
+
+    def _weights(self, entry: Mixture, mixture: str) -> tuple[tuple[str, float], ...]:
+        """A request's mixture as ((name, weight), ...); () is the base."""
+        if entry is None:
+            return ()
+        if isinstance(entry, str):
+            entry = {entry: 1.0}
+        if not isinstance(entry, Mapping):
+            raise TypeError(
+                "ExpertBank.use: a request's entry must be a name, a {name: weight} or None, got "
+                f"{type(entry).__name__}."
+            )
+        for name, weight in entry.items():
+            self._known(name)
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+                raise TypeError(
+                    f"ExpertBank.use: the weight of {name!r} must be a number, got {weight!r}."
+                )
+            if not math.isfinite(weight):
+                raise ValueError(f"ExpertBank.use: the weight of {name!r} is {weight}.")
+        if mixture == "paper-normalised" and entry and sum(entry.values()) == 0:
+            raise ValueError("ExpertBank.use: 'paper-normalised' divides by Σα, which is 0 here.")
+        if mixture == "deviation":
+            entry = {n: w for n, w in entry.items() if w != 0}
+        return tuple((n, float(entry[n])) for n in self.names if n in entry)
+
+    def _content(self, weights: tuple[tuple[str, float], ...]) -> object:
+        return tuple((id(self._experts[n]), w) for n, w in weights)
+
+    @torch.no_grad()
+    def _diagonals(self, Z: Tensor, alpha: Tensor, mixture: str) -> Tensor:
+        """σ⊙z (B, R) of all layers side by side, for alpha (B, K) or (B, L, K)."""
+        S = torch.cat([layer.factors.S for layer in self._layers.values()])
+        if alpha.dim() == 2 and mixture != "authors":
+            return S * mix(Z, alpha, mixture)
+        parts, offset = [], 0
+        for index, layer in enumerate(self._layers.values()):
+            columns = slice(offset, offset + layer.rank)
+            a = alpha if alpha.dim() == 2 else alpha[:, index]
+            parts.append(S[columns] * mix(Z[:, columns], a, mixture, S[columns]))
+            offset += layer.rank
+        return torch.cat(parts, dim=1)
+
+    def _arena(self, slots: int) -> Tensor:
+        """The arena of this depth of nesting, with room for ``slots``; its address is kept, so
+        that a captured or compiled model sees a new routing without being captured again."""
+        R = sum(layer.rank for layer in self._layers.values())
+        while len(self._arenas) <= self._depth:
+            self._arenas.append(torch.empty(0, R))
+        arena = self._arenas[self._depth]
+        if arena.shape[0] < slots or arena.device != self._device:
+            room = max(16, 1 << (slots - 1).bit_length())
+            # An inference tensor could not be written to again outside inference mode.
+            with torch.inference_mode(False):
+                arena = torch.zeros(room, R, device=self._device)
+            self._arenas[self._depth] = arena
+        return arena
+
+    # -- merging -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merge(self, routing: Mixture, *, mixture: str = "deviation") -> None:
+        """Write one mixture into the stored weights: the fastest form for a single static expert.
+
+        W′ = W + U·diag(σ⊙(z − 1))·Vᵀ, built in fp32 and rounded once; the base weights are kept
+        aside and ``unmerge`` brings them back bit-exact, after any number of cycles.
+        """
+        self._check_model()
+        if self._route.plan is not None:
+            raise RuntimeError("ExpertBank.merge: leave the `with bank.use(...)` block first.")
+        if not (routing is None or isinstance(routing, (str, Mapping))):
+            raise TypeError(
+                "ExpertBank.merge: one name or {name: weight}; a merged model has one expert for "
+                f"all rows. Got {type(routing).__name__}."
+            )
+        weights = self._weights(routing, mixture)
+        if not weights:
+            self.unmerge()
+            return
+        Z = torch.stack([self._vector(n) for n, _ in weights])
+        alpha = torch.tensor([[w for _, w in weights]], device=Z.device)
+        d = self._diagonals(Z, alpha, mixture)[0]
+        offset = 0
+        try:
+            for layer in self._layers.values():
+                layer.merge_diagonal(d[offset : offset + layer.rank])
+                offset += layer.rank
+        except BaseException:
+            self.unmerge()
+            raise
+        self._route.merged = (mixture, self._content(weights))
+
+    def unmerge(self) -> None:
+        """Bring the base weights back, bit-exact; nothing happens when nothing is merged."""
+        self._check_model()
+        for layer in self._layers.values():
+            layer.unmerge()
+        self._route.merged = None
+
+    # -- helpers -------------------------------------------------------------------------------
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._layers.values())).z.device
+
+    def _vector(self, name: str) -> Tensor:
+        """The expert's z (R,) over all layers, on the model's device."""
+        flat = self._flat[name]
+        if flat.device != self._device:
+            flat = self._flat[name] = flat.to(self._device)
+        return flat
+
+    def _known(self, name: object) -> None:
+        if name in self._experts:
+            return
+        close = difflib.get_close_matches(str(name), self.names, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise KeyError(f"no expert named {name!r}; the bank has {self.names}.{hint}")
+
+    def _check_model(self) -> None:
+        if getattr(self.model, "_t2_route", None) is not self._route:
+            raise RuntimeError(
+                "this bank's model was reverted (or converted again); make a new ExpertBank."
+            )
+
+    def __repr__(self) -> str:
+        return f"ExpertBank({self.names}, {len(self._layers)} layers)"

@@ -1,0 +1,300 @@
+"""Any nn.Module to the same module with SVF layers, and back, with a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .nn.linear import Factors, SVFLinear, is_conv1d
+from .nn.routing import Route
+from .quantized import QuantizedFactors, quantize
+from .store import FactorStore
+from .svd import SVDFactors
+from .targets import check_targets, classify, match
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One layer that was replaced."""
+
+    name: str
+    in_features: int
+    out_features: int
+    rank: int
+
+
+@dataclass
+class ConversionReport:
+    """What ``convert`` did: ``converted`` layers, and ``skipped`` names with the reason."""
+
+    converted: list[Converted] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    trainable: int = 0
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.converted)} layers converted, {self.trainable:,} singular values; "
+            f"{len(self.skipped)} skipped"
+        ]
+        lines += [
+            f"  + {c.name} ({c.out_features}x{c.in_features}, rank {c.rank})"
+            for c in self.converted
+        ]
+        lines += [f"  - {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def svf_layers(model: nn.Module) -> dict[str, SVFLinear]:
+    """The SVF layers of ``model`` by name, in the model's order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, SVFLinear)}
+
+
+def converted_layers(model: nn.Module) -> dict[str, SVFLinear]:
+    """As ``svf_layers``; raises when there are none."""
+    layers = svf_layers(model)
+    if not layers:
+        raise ValueError(
+            f"model ({type(model).__name__}) has no SVF layers. Call t2kernels.convert(model) first."
+        )
+    return layers
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module).forward is nn.Linear.forward or is_conv1d(module)
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        head = get() if callable(get) else None
+    except (AttributeError, NotImplementedError):  # a model without a head may say so this way
+        head = None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _reason_to_skip(
+    name: str, module: nn.Module, head: nn.Module | None, owners: Mapping[int, list[str]]
+) -> str | None:
+    """Why a linear layer that the targets name is left alone, or None."""
+    weight = module.weight
+    if len(owners[id(weight)]) > 1:
+        others = [o for o in owners[id(weight)] if o != f"{name}.weight"]
+        return f"its weight is tied to {', '.join(others)}"
+    if module is head and classify(name) != "head":
+        return "output head"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}, quantised bases need the delta form on their own"
+    if weight.is_meta:
+        return "its weight is on the meta device; load the checkpoint first"
+    if weight.numel() == 0:
+        return f"its weight is empty, shape {tuple(weight.shape)}"
+    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        return "nn.MultiheadAttention reads this weight without calling the layer"
+    return None
+
+
+def _report_tensors(model: nn.Module, report: ConversionReport) -> None:
+    """Name the 3-D expert tensors of mixture-of-experts blocks, which no linear scan finds."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3:
+            report.skipped[name] = (
+                f"expert tensor {tuple(parameter.shape)}: a stack of matrices inside one "
+                "parameter, not a layer; not converted by this version"
+            )
+
+
+def convert(
+    model: nn.Module,
+    targets: str | Iterable[str] = "all-linear",
+    *,
+    exclude: str | Iterable[str] | None = None,
+    rank: int | None = None,
+    factors: str | Path | FactorStore | Mapping[str, Factors] | None = None,
+    quantize_factors: bool = False,
+    keep_weight: bool = True,
+    parametrisation: str = "direct",
+    precision: str = "fp32",
+    recompute: bool = False,
+    progress: bool = True,
+) -> ConversionReport:
+    """Replace linear layers of ``model`` by ``SVFLinear``, in place.
+
+    The model computes what it did, bit for bit, until an expert is used. Its state dict keeps the
+    base's keys and gains one fp32 z per layer. ``revert`` undoes it.
+
+    Args:
+        model: any nn.Module with nn.Linear or transformers' Conv1D layers.
+        targets: "all-linear", "mlp", "attention", layer names or their suffixes, or a regex that
+            must match the whole name. Tied and output-head layers are left alone.
+        exclude: suffixes or a regex of layers to leave alone.
+        rank: keep k components per layer and use the delta form; None keeps all.
+        factors: a folder written by ``t2 decompose`` (or a FactorStore, or a mapping from layer
+            names to factors) instead of decomposing here; the base weight must be the same.
+        quantize_factors: hold U and V as int8 with a scale per column (weight-only).
+        keep_weight: False drops every W. Saves memory; the base is then exact to rounding only.
+        parametrisation: of the layers' own z: "direct" or "sigmoid-normalised".
+        precision: of the decomposition, "fp32" or "fp64".
+        recompute: compute xV again in backward instead of keeping it.
+        progress: a progress bar on a terminal.
+
+    Returns:
+        A report: what was converted, what was skipped and why. Print it.
+
+    Raises:
+        ValueError: nothing matches, the model is converted already, or factors do not fit.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> print(convert(model, ["0"]))
+    1 layers converted, 4 singular values; 1 skipped
+      + 0 (8x4, rank 4)
+      - 2: not among the targets
+    """
+    if svf_layers(model):
+        raise ValueError("model has SVF layers already. Call t2kernels.revert(model) first.")
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank must be a positive integer or None, got {rank!r}.")
+    if rank is not None and not keep_weight:
+        raise ValueError(
+            "keep_weight=False needs the full rank: U_k·Σ_k·V_kᵀ is not W. Drop rank or keep_weight."
+        )
+    linears = {n: m for n, m in model.named_modules() if n and _is_linear(m)}
+    targets = targets if isinstance(targets, str) else list(targets)
+    exclude = exclude if exclude is None or isinstance(exclude, str) else list(exclude)
+    check_targets(linears, targets)
+    if exclude is not None:
+        check_targets(linears, exclude, "exclude")
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    head = _output_head(model)
+    report = ConversionReport()
+    chosen: dict[str, nn.Module] = {}
+    for name, module in linears.items():
+        reason = _reason_to_skip(name, module, head, owners)
+        if not match(name, targets, exclude):
+            kind = classify(name)
+            other = f"a {kind} by its name" if kind in ("head", "router") else None
+            report.skipped[name] = reason or other or "not among the targets"
+            continue
+        if reason is None:
+            chosen[name] = module
+        else:
+            report.skipped[name] = reason
+    if not chosen:
+        raise ValueError(
+            "convert: no layer that the targets name can be converted:"
+            + "".join(f"\n  {n}: {r}" for n, r in list(report.skipped.items())[:20])
+        )
+    source = FactorStore(factors) if isinstance(factors, (str, Path)) else factors
+    layers: dict[str, SVFLinear] = {}
+    bar = tqdm(chosen.items(), desc="decompose", unit="layer", disable=None if progress else True)
+    for name, module in bar:
+        bar.set_postfix_str(name)
+        layers[name] = _make_layer(
+            name, module, source, rank, quantize_factors, keep_weight, parametrisation, precision,
+            recompute,
+        )  # fmt: skip
+    # All decompositions are done: from here nothing can fail half-way.
+    _install(model, layers)
+    for name, layer in layers.items():
+        report.converted.append(Converted(name, layer.in_features, layer.out_features, layer.rank))
+        report.trainable += layer.rank
+    _report_tensors(model, report)
+    return report
+
+
+def _make_layer(
+    name: str,
+    module: nn.Module,
+    source: FactorStore | Mapping[str, Factors] | None,
+    rank: int | None,
+    int8: bool,
+    keep_weight: bool,
+    parametrisation: str,
+    precision: str,
+    recompute: bool,
+) -> SVFLinear:
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    full = min(weight.shape)
+    k = None if rank is None or rank >= full else rank
+    given: Factors | None = None
+    if isinstance(source, FactorStore):
+        key = name if name in source.names else f"{name}.weight"
+        if key not in source.names:
+            raise ValueError(
+                f"convert: the factors at {source.path} have none for layer {name!r}. "
+                "Decompose the same checkpoint with the same targets."
+            )
+        source.verify(key, weight.detach().t() if is_conv1d(module) else weight.detach())
+        given = source.load(key, device=weight.device, dtype=weight.dtype)
+    elif source is not None:
+        if name not in source:
+            raise ValueError(f"convert: factors has no entry for layer {name!r}.")
+        given = source[name]
+    if given is not None and k is not None and given.S.shape[0] > k:
+        if isinstance(given, QuantizedFactors):
+            raise ValueError("convert: rank cannot cut int8 factors; cut them before quantize.")
+        given = SVDFactors(given.U[:, :k], given.S[:k], given.V[:, :k])
+    layer = SVFLinear.from_linear(
+        module, rank=k, factors=given, keep_weight=keep_weight,
+        parametrisation=parametrisation, precision=precision, recompute=recompute,
+    )  # fmt: skip
+    if int8 and not isinstance(layer.factors, QuantizedFactors):
+        layer._set_factors(quantize(layer.factors))
+    layer.z.requires_grad_(False)
+    return layer
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _install(model: nn.Module, layers: Mapping[str, SVFLinear]) -> None:
+    route = Route(model)
+    model._t2_route = route  # type: ignore[assignment]
+    offset = 0
+    for index, (name, layer) in enumerate(layers.items()):
+        layer._route = (route, index, offset)
+        offset += layer.rank
+        _set_module(model, name, layer)
+
+
+def revert(model: nn.Module) -> None:
+    """Put the layers back that ``convert`` replaced, with the base weights bit-exact.
+
+    A merged expert is unmerged first. With ``keep_weight=False`` the weights are rebuilt from the
+    factors, exact to rounding.
+    """
+    layers = converted_layers(model)
+    if model._t2_route.plan is not None:  # type: ignore[union-attr]
+        raise RuntimeError("revert: leave the `with bank.use(...)` block first.")
+    for name, layer in layers.items():
+        layer.unmerge()
+        _set_module(model, name, layer.original())
+    Route.remove(model)
+    del model._t2_route
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Turn the layers' own z on for training and return them: the optimiser's parameters.
+
+    Every other parameter is frozen (PEFT's manner): a weight gradient would need an m×n buffer.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+    >>> report = convert(model)
+    >>> [tuple(z.shape) for z in trainable(model)]
+    [(4,), (2,)]
+    """
+    layers = converted_layers(model)
+    if model._t2_route.merged is not None:  # type: ignore[union-attr]
+        raise RuntimeError("trainable: an expert is merged into the weights; call bank.unmerge().")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return [layer.z.requires_grad_(True) for layer in layers.values()]

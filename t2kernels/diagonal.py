@@ -1,0 +1,97 @@
+"""From expert vectors to the diagonal that kernels take: parametrisation, mixing, σ⊙z.
+
+Everything that is not a matrix product lives here, in fp32, differentiable, on any device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PARAMETRISATIONS = ("direct", "sigmoid-normalised")
+MIXTURES = ("deviation", "paper", "paper-normalised", "authors")
+
+
+def _check_choice(what: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{what} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def _nuclear_scale(S: Tensor, z: Tensor) -> Tensor:
+    """c = Σσ / Σ(σ⊙z), shape (..., 1): with it the nuclear norm of W′ is that of W."""
+    return S.sum() / (S * z).sum(-1, keepdim=True)
+
+
+def effective_multiplier(S: Tensor, z: Tensor, parametrisation: str = "direct") -> Tensor:
+    """z_eff (..., r): what multiplies σ. 1 is the base.
+
+    "direct" (the paper's text): z_eff = z. "sigmoid-normalised" (the authors' code): with
+    s = sigmoid(z), z_eff = s·Σσ / Σ(σ⊙s); any constant z is the base.
+    """
+    _check_choice("parametrisation", parametrisation, PARAMETRISATIONS)
+    if S.dim() != 1 or z.shape[-1:] != S.shape:
+        raise ValueError(
+            f"z must have shape (..., r) with r = {S.shape[-1] if S.dim() else 0} to match "
+            f"S {tuple(S.shape)}, got {tuple(z.shape)}. Was this expert trained for another layer?"
+        )
+    if not z.is_floating_point():
+        raise TypeError(f"z must be a floating point tensor, got {z.dtype}.")
+    if z.device != S.device:
+        raise ValueError(f"z and S must be on one device, got {z.device} and {S.device}.")
+    z = z if z.dtype == torch.float64 else z.float()
+    if parametrisation == "direct":
+        return z
+    s = torch.sigmoid(z)
+    return s * _nuclear_scale(S.to(z.dtype), s)
+
+
+def effective_diagonal(S: Tensor, z: Tensor, parametrisation: str = "direct") -> Tensor:
+    """d = σ⊙z_eff (..., r), the diagonal of W′ = U·diag(d)·Vᵀ (paper, section 3.1).
+
+    Equivalent to ``S * z`` for "direct"; "sigmoid-normalised" is the authors' code, see
+    ``effective_multiplier``. The result is fp32 (fp64 if z is), differentiable in z.
+
+    Args:
+        S: (r,) singular values.
+        z: (..., r) in any floating dtype.
+        parametrisation: "direct" or "sigmoid-normalised".
+
+    >>> import torch
+    >>> effective_diagonal(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 0.5]))
+    tensor([2.0000, 0.5000])
+    """
+    multiplier = effective_multiplier(S, z, parametrisation)
+    return S.to(multiplier.dtype) * multiplier
+
+
+def mix(Z: Tensor, alpha: Tensor, form: str = "deviation", S: Tensor | None = None) -> Tensor:
+    """One effective multiplier (B, r) out of K experts for each of B requests.
+
+    "deviation": z = 1 + Σ_k α_k (z_k − 1): {"math": 0.5} is half-way from the base to math.
+    "paper": z = Σ_k α_k z_k; the same wherever Σα = 1.
+    "paper-normalised": z = Σ_k α_k z_k / Σα.
+    "authors": z = Σ_k α_k z_k, rescaled so that Σ(σ⊙z) = Σσ (their code mixes first and
+    normalises the nuclear norm after).
+
+    Args:
+        Z: (K, r) effective multipliers. alpha: (B, K). S: (r,), for "authors" only.
+
+    A row is summed over the experts in their order, element by element, so its bits depend on
+    neither the other rows nor on experts of weight 0.
+
+    >>> import torch
+    >>> mix(torch.tensor([[3.0, 1.0]]), torch.tensor([[0.5]]))
+    tensor([[2., 1.]])
+    """
+    _check_choice("mixture", form, MIXTURES)
+    deviation = form == "deviation"
+    total = Z.new_full((alpha.shape[0], Z.shape[1]), 1.0 if deviation else 0.0)
+    for k in range(Z.shape[0]):
+        total = total + alpha[:, k : k + 1] * (Z[k] - 1 if deviation else Z[k])
+    if form == "paper-normalised":
+        return total / alpha.sum(-1, keepdim=True)
+    if form == "authors":
+        if S is None:
+            raise ValueError("mix: the form 'authors' needs S, the singular values.")
+        return total * _nuclear_scale(S, total)
+    return total

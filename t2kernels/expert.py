@@ -1,0 +1,209 @@
+"""An expert: one effective multiplier z per layer, with the model it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .convert import converted_layers
+from .diagonal import PARAMETRISATIONS
+from .files import CorruptFileError, check_name, load_tensors, save_tensors
+
+_KIND, _VERSION = "expert", 1
+
+
+@dataclass(eq=False)
+class Expert:
+    """z per layer (paper, section 3.1), 1 = base, whatever parametrisation it was trained in.
+
+    Attributes:
+        z: {layer name: (r,) fp32 tensor on the CPU}; layers that are missing stay at the base.
+        fingerprints: {layer name: hash of the base weight}, checked before an expert is used.
+        base_model: name or path of the base model, for people.
+        description: one line on what the expert is for; prompt dispatch shows it to the model.
+        metadata: anything JSON can hold (task, data, reward, metrics).
+
+    Experts form a vector space of deviations from the base: ``0.7 * math + 0.3 * code`` has
+    z = 1 + 0.7·(z_math − 1) + 0.3·(z_code − 1), the mixture {"math": 0.7, "code": 0.3}.
+
+    >>> import torch
+    >>> half = 0.5 * Expert({"up": torch.tensor([3.0, 1.0])})
+    >>> half.z["up"]
+    tensor([2., 1.])
+    """
+
+    z: dict[str, Tensor]
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    base_model: str | None = None
+    description: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.z, Mapping) or not self.z:
+            raise ValueError("Expert: z must be a non-empty {layer name: tensor (r,)}.")
+        clean: dict[str, Tensor] = {}
+        for name, z in self.z.items():
+            check_name(name, "layer name")
+            if not isinstance(z, Tensor) or z.dim() != 1 or not z.is_floating_point():
+                got = f"{tuple(z.shape)} {z.dtype}" if isinstance(z, Tensor) else type(z).__name__
+                raise ValueError(f"Expert: z[{name!r}] must be a float tensor (r,), got {got}.")
+            z = z.detach().float().cpu().clone()
+            if not bool(torch.isfinite(z).all()):
+                raise ValueError(f"Expert: z[{name!r}] must be finite; training has diverged.")
+            clean[name] = z
+        self.z = clean
+
+    @classmethod
+    @torch.no_grad()
+    def from_model(
+        cls, model: nn.Module, *, description: str = "", metadata: Mapping[str, Any] | None = None
+    ) -> Expert:
+        """The layers' own z as they are now, as effective multipliers."""
+        layers = converted_layers(model)
+        config = getattr(model, "config", None)
+        return cls(
+            {name: layer.multiplier for name, layer in layers.items()},
+            {name: layer.fingerprint for name, layer in layers.items()},
+            getattr(config, "_name_or_path", None) or None,
+            description,
+            dict(metadata or {}),
+        )
+
+    @torch.no_grad()
+    def apply_to(self, model: nn.Module, *, allow_mismatch: bool = False) -> None:
+        """Write the expert into the layers' own z, to go on training from it or to use it alone.
+
+        Layers that the expert does not have go to the base. With "sigmoid-normalised" layers the
+        multipliers must be positive, since a sigmoid is.
+        """
+        layers = converted_layers(model)
+        new = {n: z for n, z in self.fitted(layers, allow_mismatch=allow_mismatch).items()}
+        for name, z in new.items():
+            if layers[name].parametrisation == PARAMETRISATIONS[1] and bool((z <= 0).any()):
+                raise ValueError(
+                    f"Expert.apply_to: z[{name!r}] has values ≤ 0, which 'sigmoid-normalised' "
+                    "cannot express. Convert the model with parametrisation='direct'."
+                )
+        for name, layer in layers.items():
+            z = new.get(name)
+            if z is None:
+                layer.z.fill_(1.0)
+            elif layer.parametrisation == PARAMETRISATIONS[1]:
+                # Any common scale gives the same z_eff; this one keeps the sigmoids in the middle.
+                layer.z.copy_(torch.logit(0.5 * z / z.max()))
+            else:
+                layer.z.copy_(z)
+
+    def fitted(
+        self, layers: Mapping[str, nn.Module], *, allow_mismatch: bool = False
+    ) -> dict[str, Tensor]:
+        """z for each layer of ``layers`` that the expert has, checked and padded to its rank.
+
+        An expert of k components fits the full-rank layer of the same weight: the others stay 1.
+        ``allow_mismatch`` accepts another base weight and missing layers, never another size.
+        """
+        missing = [name for name in self.z if name not in layers]
+        if missing and not (allow_mismatch and len(missing) < len(self.z)):
+            raise ValueError(
+                f"this expert has {len(missing)} of {len(self.z)} layers that the model lacks, "
+                f"first {missing[0]!r}. It was made for another model"
+                f"{f' ({self.base_model})' if self.base_model else ''} or other targets; "
+                "convert the same layers, or pass allow_mismatch=True to leave them out."
+            )
+        out: dict[str, Tensor] = {}
+        for name, z in self.z.items():
+            if name not in layers:
+                continue
+            layer = layers[name]
+            same = self.fingerprints.get(name) == layer.fingerprint
+            if name in self.fingerprints and not same and not allow_mismatch:
+                raise ValueError(
+                    f"this expert was trained on another base weight of layer {name!r} "
+                    f"(fingerprint {self.fingerprints[name]}, the model has {layer.fingerprint}"
+                    f"{f'; base model {self.base_model}' if self.base_model else ''}). Load that "
+                    "model, or pass allow_mismatch=True to use it all the same."
+                )
+            rank = int(layer.rank)  # type: ignore[arg-type]
+            if z.shape[0] > rank or (z.shape[0] < rank and not same):
+                raise ValueError(
+                    f"this expert has {z.shape[0]} values for layer {name!r}, which has rank "
+                    f"{rank}. It was made for another model or rank."
+                )
+            out[name] = torch.cat([z, torch.ones(rank - z.shape[0])])
+        return out
+
+    def save(self, path: str | Path) -> None:
+        """One safetensors file, written whole or not at all (an old file stays on any error)."""
+        save_tensors(
+            path,
+            self.z,
+            {
+                "kind": _KIND,
+                "version": _VERSION,
+                "base_model": self.base_model,
+                "description": self.description,
+                "fingerprints": self.fingerprints,
+                "metadata": self.metadata,
+            },
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Expert:
+        """The expert that ``save`` wrote; truncated, damaged and foreign files are errors."""
+        tensors, meta = load_tensors(path, kind=_KIND, version=_VERSION)
+        try:
+            fingerprints, metadata = dict(meta["fingerprints"]), dict(meta["metadata"])
+            description, base_model = str(meta["description"]), meta["base_model"]
+            return cls(tensors, fingerprints, base_model, description, metadata)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptFileError(f"{path} is not a whole expert: {error}") from error
+
+    # -- the vector space of deviations --------------------------------------------------------
+
+    def __mul__(self, factor: float) -> Expert:
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+            return NotImplemented
+        return self._derived({n: 1 + float(factor) * (z - 1) for n, z in self.z.items()})
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Expert:
+        return self * -1.0
+
+    def __add__(self, other: Expert) -> Expert:
+        if not isinstance(other, Expert):
+            return NotImplemented
+        for name in self.fingerprints.keys() & other.fingerprints.keys():
+            if self.fingerprints[name] != other.fingerprints[name]:
+                raise ValueError(
+                    f"cannot add experts of different base weights: layer {name!r} has "
+                    f"fingerprints {self.fingerprints[name]} and {other.fingerprints[name]}."
+                )
+        z = dict(self.z)
+        for name, b in other.z.items():
+            if name in z and z[name].shape != b.shape:
+                raise ValueError(
+                    f"cannot add experts of different ranks: layer {name!r} has "
+                    f"{z[name].shape[0]} and {b.shape[0]} values."
+                )
+            z[name] = z[name] + (b - 1) if name in z else b
+        return self._derived(z, {**other.fingerprints, **self.fingerprints})
+
+    def __sub__(self, other: Expert) -> Expert:
+        return self + (-other) if isinstance(other, Expert) else NotImplemented
+
+    def _derived(self, z: dict[str, Tensor], fingerprints: dict[str, str] | None = None) -> Expert:
+        return Expert(z, dict(fingerprints or self.fingerprints), self.base_model)
+
+    def __repr__(self) -> str:
+        values = torch.cat(list(self.z.values()))
+        return (
+            f"Expert({len(self.z)} layers, {values.numel():,} values, "
+            f"|z - 1| mean {float((values - 1).abs().mean()):.4f}, "
+            f"base_model={self.base_model!r}, description={self.description!r})"
+        )

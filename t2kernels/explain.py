@@ -1,0 +1,60 @@
+"""What a layer would do with an input, and why: the policy in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .nn.linear import SVFLinear
+from .ops import dispatch
+
+_FORMS = {
+    "merged": "an expert is merged into the stored weight (bank.merge)",
+    "base": "no row has an expert, so the stored weight is used, bit-exact",
+    "base, factorised": "no row has an expert, but batch-invariant mode fixes the form",
+    "own z": "no bank is in use and the layer's own z is not the base, or wants a gradient",
+    "uniform": "the bank gives all rows one mixture",
+    "rows": "the bank gives each row its own mixture",
+    "rows, base rows stored": "each row has its own mixture; base rows use the stored weight",
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """form: base, merged, factorised or delta. backend: who computes it. why: in words."""
+
+    form: str
+    backend: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.form} on {self.backend}: {self.why}"
+
+
+def explain(layer: SVFLinear, x: Tensor) -> Explanation:
+    """The form and the backend that ``layer(x)`` would use now, and why.
+
+    >>> import torch, t2kernels as t2k
+    >>> layer = t2k.SVFLinear.from_linear(torch.nn.Linear(4, 4))
+    >>> with torch.no_grad():
+    ...     explain(layer, torch.randn(1, 4)).form
+    'base'
+    """
+    if not isinstance(layer, SVFLinear):
+        raise TypeError(f"explain: layer must be an SVFLinear, got {type(layer).__name__}.")
+    state, d, slot = layer.decide(x)
+    why = _FORMS[state]
+    if d is None:
+        return Explanation("merged" if state == "merged" else "base", "torch", why)
+    f = layer.factors
+    delta = not layer.full_rank
+    scale = getattr(f, "scale", None)
+    x2 = x.reshape(-1, layer.in_features)
+    bias = None if delta else layer.bias
+    choice = dispatch.choose(x2, f.U, f.V, d.detach(), f.S, slot, bias, scale)
+    if delta:
+        why += f"; {layer.rank} components ride on the stored weight"
+    return Explanation(
+        "delta" if delta else "factorised", choice.module.NAME, f"{why}; {choice.why}"
+    )

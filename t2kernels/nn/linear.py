@@ -1,0 +1,404 @@
+"""SVFLinear: a linear layer whose singular values can be scaled, per model or per request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..diagonal import PARAMETRISATIONS, effective_diagonal, effective_multiplier
+from ..ops import dispatch
+from ..ops.functional import dense, layout, run
+from ..quantized import QuantizedFactors, dequantize
+from ..svd import SVDFactors, check_factors, decompose, fingerprint, reconstruct
+from .routing import Route
+
+Factors = SVDFactors | QuantizedFactors
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D (GPT-2): a linear layer whose weight is stored (in, out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and module.weight.dim() == 2
+
+
+class SVFLinear(nn.Module):
+    """y = x·V·diag(σ⊙z)·Uᵀ + b in place of y = x·Wᵀ + b (paper, section 3.1).
+
+    Three forms of one function, chosen at each call:
+      base        z is 1 and wants no gradient: the stored W, bit-exact;
+      factorised  all r = min(m, n) components: no m×n matrix is built, not in backward either;
+      delta       k < r components on top of the stored W, exact for experts trained on them.
+
+    Attributes:
+        weight, bias: the base parameters under their old names, frozen in all forms but base.
+        z: (rank,) fp32 parameter, 1 = base; with parametrisation "sigmoid-normalised" its sigmoid
+            is used and any constant is the base. Stays fp32 under ``.to(dtype)``.
+        factors: SVDFactors or QuantizedFactors in the weight's dtype; in no state dict and not a
+            buffer (DDP does not broadcast it), but moved by ``.to(device)``.
+
+    Make it with ``from_linear`` or, for a whole model, with ``t2kernels.convert``.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    z: nn.Parameter
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        factors: Factors,
+        *,
+        keep_weight: bool = True,
+        parametrisation: str = "direct",
+        transposed: bool = False,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        if parametrisation not in PARAMETRISATIONS:
+            raise ValueError(
+                f"SVFLinear: parametrisation must be one of {PARAMETRISATIONS}, "
+                f"got {parametrisation!r}."
+            )
+        m, n = reversed(weight.shape) if transposed else weight.shape
+        if factors.U.shape[0] != m or factors.V.shape[0] != n:
+            raise ValueError(
+                f"SVFLinear: factors of a ({factors.U.shape[0]}, {factors.V.shape[0]}) matrix do "
+                f"not fit a weight of ({m}, {n}) = (out_features, in_features)."
+            )
+        self.in_features, self.out_features = int(n), int(m)
+        self.rank = factors.S.shape[0]
+        self.full_rank = self.rank == min(self.in_features, self.out_features)
+        if not keep_weight and not self.full_rank:
+            raise ValueError(
+                f"SVFLinear: keep_weight=False needs all {min(m, n)} components, got rank "
+                f"{self.rank}: U_k·Σ_k·V_kᵀ is not W. Keep the weight or use the full rank."
+            )
+        self.parametrisation = parametrisation
+        self.transposed = transposed
+        self.recompute = recompute
+        self._fingerprint: str | None = None
+        self._original: tuple[nn.Module] | None = None  # a tuple hides it from nn.Module
+        self._base_copy: Tensor | None = None  # the base weight while an expert is merged
+        self._drop_on_unmerge = False
+        self._dtype = weight.dtype
+        self._set_factors(factors)
+        if keep_weight:
+            self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
+        else:
+            self._fingerprint = self._weight_fingerprint(weight)
+            self.register_parameter("weight", None)
+        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        self.z = nn.Parameter(torch.ones(self.rank, dtype=torch.float32, device=weight.device))
+        self._z_seen: tuple[int, int] | None = None
+        self._z_identity = True
+        self._route: tuple[Route, int, int] | None = None  # (route, layer index, arena offset)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        *,
+        rank: int | None = None,
+        factors: Factors | None = None,
+        keep_weight: bool = True,
+        parametrisation: str = "direct",
+        precision: str = "fp32",
+        recompute: bool = False,
+    ) -> SVFLinear:
+        """An SVFLinear that computes what ``linear`` (nn.Linear or Conv1D) does.
+
+        Args:
+            rank: keep k components and use the delta form; None keeps all.
+            factors: use these instead of decomposing the weight here.
+            keep_weight: False drops W to save memory; the base is then exact to rounding only.
+            recompute: compute xV again in backward instead of keeping it.
+
+        >>> import torch
+        >>> linear = torch.nn.Linear(4, 3)
+        >>> layer = SVFLinear.from_linear(linear)
+        >>> x = torch.randn(2, 4)
+        >>> with torch.no_grad():
+        ...     torch.equal(layer(x), linear(x))
+        True
+        """
+        transposed = is_conv1d(linear)
+        if not (isinstance(linear, nn.Linear) or transposed):
+            raise TypeError(
+                f"SVFLinear.from_linear: expected nn.Linear or transformers' Conv1D, got "
+                f"{type(linear).__name__}."
+            )
+        weight = linear.weight
+        if factors is None:
+            w = weight.detach()
+            factors = decompose(w.t() if transposed else w, rank=rank, precision=precision)
+        elif rank is not None and factors.S.shape[0] != rank:
+            raise ValueError(
+                f"SVFLinear.from_linear: rank={rank} but the factors have {factors.S.shape[0]}."
+            )
+        layer = cls(
+            weight, linear.bias, factors, keep_weight=keep_weight,
+            parametrisation=parametrisation, transposed=transposed, recompute=recompute,
+        )  # fmt: skip
+        if keep_weight:
+            layer._original = (linear,)
+        layer.train(linear.training)
+        return layer
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def _set_factors(self, factors: Factors) -> None:
+        check_factors(factors)
+        U, Vh = layout(factors)
+        if U.dtype != torch.int8:
+            U, Vh = U.to(self._dtype), Vh.to(self._dtype)
+        self._U, self._Vh, self._S = U, Vh, factors.S.float()
+        self._scale = factors.scale if isinstance(factors, QuantizedFactors) else None
+        self._factor_type = type(factors)
+        self._column_scales = (
+            (factors.u_scale, factors.v_scale) if isinstance(factors, QuantizedFactors) else None
+        )
+
+    @property
+    def factors(self) -> Factors:
+        """U (m, r), S (r,), V (n, r) as they are stored."""
+        if self._column_scales is not None:
+            return QuantizedFactors(self._U, self._S, self._Vh.t(), *self._column_scales)
+        return SVDFactors(self._U, self._S, self._Vh.t())
+
+    @property
+    def multiplier(self) -> Tensor:
+        """z_eff (r,): the layer's own effective multiplier, differentiable in z."""
+        return effective_multiplier(self._S, self.z, self.parametrisation)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the base weight (also while merged), from values rounded to bf16."""
+        if self._fingerprint is None:
+            base = self._base_copy if self._base_copy is not None else self.weight
+            if base is None:
+                raise RuntimeError("SVFLinear: the base weight is gone and was never hashed")
+            self._fingerprint = self._weight_fingerprint(base)
+        return self._fingerprint
+
+    def _weight_fingerprint(self, weight: Tensor) -> str:
+        w = weight.detach()
+        return fingerprint(w.t() if self.transposed else w)
+
+    @torch.no_grad()
+    def stored_weight(self) -> Tensor:
+        """The base weight in its stored orientation; rebuilt from the factors if it was dropped."""
+        if self._base_copy is not None:
+            return self._base_copy
+        if self.weight is not None:
+            return self.weight.detach()
+        f = self.factors
+        f = dequantize(f) if isinstance(f, QuantizedFactors) else f
+        w = reconstruct(f).to(self._dtype)
+        return w.t().contiguous() if self.transposed else w
+
+    @torch.no_grad()
+    def original(self) -> nn.Module:
+        """The layer that this one replaced, with the base weight and the bias as they are now."""
+        if self._original is not None:
+            linear = self._original[0]
+            linear.weight, linear.bias = self.weight, self.bias  # type: ignore[assignment]
+            return linear
+        # The weight was dropped: a new layer around the rebuilt one.
+        m, n = self.out_features, self.in_features
+        new = nn.Linear(n, m, bias=False, device="meta")
+        weight = self.stored_weight()
+        new.weight = nn.Parameter(weight.t().contiguous() if self.transposed else weight)
+        new.bias = self.bias
+        return new
+
+    def rests(self) -> bool:
+        """Whether the layer's own z is the identity and wants no gradient: W is used then.
+
+        On a CPU the values are looked at; elsewhere they are looked at again only when z was
+        written to (in place, as optimisers and ``copy_`` do), so that no call waits for the GPU.
+        """
+        z = self.z
+        if z.requires_grad and torch.is_grad_enabled():
+            return False
+        if torch.compiler.is_compiling():
+            return self._z_identity
+        seen = (z.data_ptr(), z._version)
+        if z.device.type == "cpu" or self._z_seen != seen:
+            reference = z[0] if self.parametrisation == "sigmoid-normalised" else 1.0
+            self._z_identity = bool((z.detach() == reference).all())
+            self._z_seen = seen
+        return self._z_identity
+
+    # -- the call ------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (..., out_features) for x (..., in_features)."""
+        form, d, slot = self.decide(x)
+        if d is None:
+            return self._dense(x)
+        y = self._scaled(x, d, slot)
+        if form == "rows, base rows stored" and slot is not None:
+            y = torch.where((slot < 0).view(*x.shape[:-1], 1), self._dense(x), y)
+        return self._guarded(y)
+
+    def decide(self, x: Tensor) -> tuple[str, Tensor | None, Tensor | None]:
+        """(form, d, slot) of the call with x: what the routing, or the layer's own z, asks for.
+
+        d is None where the stored weight is used as it is.
+        """
+        if self._base_copy is not None:
+            return "merged", None, None
+        if self._route is None or self._route[0].plan is None:
+            if self.rests():
+                return "base", None, None
+            return "own z", effective_diagonal(self._S, self.z, self.parametrisation), None
+        route, index, offset = self._route
+        plan = route.plan
+        if plan.form == "base":
+            # Batch-invariant mode fixes the form, so that a base row is computed alike everywhere.
+            if dispatch.is_batch_invariant() and self.full_rank and not plan.stored_base_rows:
+                return "base, factorised", self._S, None
+            return "base", None, None
+        d = plan.diagonal(index, offset, self._S)
+        if plan.form == "uniform":
+            return "uniform", d, None
+        form = "rows, base rows stored" if plan.stored_base_rows and self.full_rank else "rows"
+        return form, d, plan.token_slots(x, route.batch_shape)
+
+    def _guarded(self, y: Tensor) -> Tensor:
+        if self._route is not None and y.requires_grad and not torch.compiler.is_compiling():
+            self._route[0].guard(y)
+        return y
+
+    def _dense(self, x: Tensor) -> Tensor:
+        """x·Wᵀ + b with the stored W, the very call of the layer that was replaced."""
+        if self.weight is None:
+            return self._scaled(x, self._S, None)
+        if dispatch.is_batch_invariant():
+            return dense(x, self.weight.t() if self.transposed else self.weight, self.bias)
+        if not self.transposed:
+            return F.linear(x, self.weight, self.bias)
+        y = x.reshape(-1, self.in_features)
+        y = y @ self.weight if self.bias is None else torch.addmm(self.bias, y, self.weight)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _scaled(self, x: Tensor, d: Tensor, slot: Tensor | None) -> Tensor:
+        """The factorised form, or the delta form when there are fewer than r components."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"SVFLinear: x must have shape (..., {self.in_features}), got {tuple(x.shape)}."
+            )
+        if x.dtype != self._dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"SVFLinear: x must be {self._dtype} like the layer, got {x.dtype}.")
+        S = self._S
+        x2 = x.reshape(-1, self.in_features)
+        if self.full_rank:
+            y = run(x2, self._U, self._Vh, d, S, slot, self.bias, self._scale, self.recompute)
+            return y.view(*x.shape[:-1], self.out_features)
+        delta = run(
+            x2, self._U, self._Vh, d - S, torch.zeros_like(S), slot, None, self._scale,
+            self.recompute,
+        )  # fmt: skip
+        return self._dense(x) + delta.view(*x.shape[:-1], self.out_features)
+
+    # -- merging -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merge_diagonal(self, d: Tensor) -> None:
+        """Replace W by W′ = W + U·diag(d − σ)·Vᵀ in place; the base weight is kept aside.
+
+        d (r,) is σ⊙z_eff. Built in fp32 and rounded once. Merging again starts from the base
+        weight, not from the merged one.
+        """
+        base = self.stored_weight()
+        f = self.factors
+        f = dequantize(f) if isinstance(f, QuantizedFactors) else f
+        wide = SVDFactors(f.U.float(), f.S, f.V.float())
+        delta = reconstruct(wide, d.to(f.S) - f.S)
+        merged = (base.float() + (delta.t() if self.transposed else delta)).to(self._dtype)
+        if self._base_copy is None:
+            self._base_copy = base.clone() if self.weight is not None else base
+        if self.weight is None:
+            self.weight = nn.Parameter(merged, requires_grad=False)
+            self._drop_on_unmerge = True
+        else:
+            self.weight.copy_(merged)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Bring the base weight back, bit-exact."""
+        if self._base_copy is None:
+            return
+        if self._drop_on_unmerge:
+            self.weight = None
+            self._drop_on_unmerge = False
+        elif self.weight is not None:
+            self.weight.copy_(self._base_copy)
+        self._base_copy = None
+
+    # -- nn.Module's manners -------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SVFLinear:
+        """Move the factors with the module; z and σ change device, never dtype."""
+        z, grad = self.z.detach(), self.z.grad
+        super()._apply(fn, recurse)
+        if self.z.dtype != torch.float32:
+            self.z.data = z.to(self.z.device)
+            self.z.grad = None if grad is None else grad.to(self.z.device)
+        self._z_seen = None
+        self._S = _keep_dtype(fn, self._S)
+        if self._scale is not None:
+            self._scale = _keep_dtype(fn, self._scale)
+        if self._column_scales is not None:
+            u, v = self._column_scales
+            self._column_scales = (_keep_dtype(fn, u), _keep_dtype(fn, v))
+        self._U, self._Vh = fn(self._U), fn(self._Vh)
+        if self._base_copy is not None:
+            self._base_copy = fn(self._base_copy)
+        if self._U.dtype != torch.int8:
+            self._dtype = self._U.dtype
+        elif self.weight is not None:
+            self._dtype = self.weight.dtype
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight is None:  # the base's keys, whatever is kept in memory
+            destination[prefix + "weight"] = self.stored_weight()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        errors: list[str] = args[-1]
+        key = prefix + "weight"
+        given = state_dict.get(key)
+        if given is not None and self._base_copy is not None:
+            errors.append(f"{key}: an expert is merged; call bank.unmerge() before loading weights")
+            return
+        if given is not None and given.shape == self.stored_weight().shape:
+            if self._weight_fingerprint(given) != self.fingerprint:
+                errors.append(
+                    f"{key}: the weight differs from the one that the factors belong to; load the "
+                    "checkpoint before t2kernels.convert"
+                )
+                return
+        if self.weight is None and given is not None:
+            state_dict = {k: v for k, v in state_dict.items() if k != key}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._z_seen = None
+        self.rests()
+
+    def extra_repr(self) -> str:
+        kept = "" if self.weight is not None else ", weight dropped"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}, {self.parametrisation}, {self._U.dtype} factors{kept}"
+        )
+
+
+def _keep_dtype(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """fn(t) for its device alone: the values keep their dtype and every bit."""
+    moved = fn(t)
+    return moved if moved.dtype == t.dtype else t.to(moved.device)

@@ -1,0 +1,234 @@
+"""Which rows of a batch use which diagonal: the state that the layers of one model share.
+
+A ``Plan`` is one routing decision, made when ``ExpertBank.use`` is entered and never changed.
+The ``Route`` of a model holds the plan in force; every SVF layer of the model points to it. The
+hook at the end guards what a layer cannot see: key/value caches and recomputation.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from ..diagonal import mix
+
+ROW_ORDERS = (None, "batch", "flat")
+
+
+@dataclass(eq=False)
+class Plan:
+    """One routing decision.
+
+    form: "base" (no row has an expert), "uniform" (one mixture for all rows) or "rows".
+    key: content of the decision, equal for equal decisions; key/value caches are tied to it.
+    arena: (slots, R) fp32, the diagonals σ⊙z of all layers side by side; layer l owns columns
+        [offset_l, offset_l + r_l). None when ``alpha`` carries gradients.
+    rows: (B,) int32, the slot of each request, -1 for the base.
+    slot: (tokens,) int32, an explicit slot of every token instead of ``rows``.
+    alpha: (B, K) or (B, L, K) mixing weights that want gradients; mixed inside the layers.
+    experts: (K, R) effective multipliers, with ``alpha``.
+    """
+
+    form: str
+    key: object
+    requests: int = 1
+    arena: Tensor | None = None
+    rows: Tensor | None = None
+    slot: Tensor | None = None
+    row_order: str | None = None
+    alpha: Tensor | None = None
+    experts: Tensor | None = None
+    mixture: str = "deviation"
+    stored_base_rows: bool = False
+    _cache: dict[int, Tensor] = field(default_factory=dict)
+
+    def diagonal(self, index: int, offset: int, S: Tensor) -> Tensor:
+        """The diagonals (slots, r) of layer ``index``; (r,) when uniform."""
+        r = S.shape[0]
+        if self.alpha is not None and self.experts is not None:
+            alpha = self.alpha if self.alpha.dim() == 2 else self.alpha[:, index]
+            return S * mix(self.experts[:, offset : offset + r], alpha, self.mixture, S)
+        if self.arena is None:
+            raise RuntimeError(f"a plan of form {self.form!r} has no diagonals")
+        if self.form == "uniform":
+            return self.arena[0, offset : offset + r]
+        return self.arena[:, offset : offset + r]
+
+    def token_slots(self, x: Tensor, batch_shape: tuple[int, ...] | None) -> Tensor:
+        """The slot (tokens,) of every token of x (..., n), flattened."""
+        tokens = x.shape[:-1].numel()
+        if self.slot is not None:
+            if self.slot.shape[0] != tokens:
+                raise ValueError(
+                    f"ExpertBank.use: slot names {self.slot.shape[0]} tokens, but a layer got an "
+                    f"input of shape {tuple(x.shape)} with {tokens} tokens."
+                )
+            return self.slot
+        if self.rows is None:
+            raise RuntimeError(f"a plan of form {self.form!r} has no rows")
+        rows = x.shape[0] if x.dim() > 2 else self._declared_rows(x, batch_shape)
+        if rows % self.requests:
+            raise ValueError(
+                f"ExpertBank.use: the routing names {self.requests} requests, but a layer got an "
+                f"input of shape {tuple(x.shape)}, whose {rows} rows are not a multiple of that. "
+                "Name one entry per row of the batch (beams and return sequences repeat rows)."
+            )
+        per_request = tokens // self.requests
+        if torch.compiler.is_compiling():
+            return _repeat_rows(self.rows, per_request)
+        if per_request not in self._cache:
+            self._cache[per_request] = _repeat_rows(self.rows, per_request)
+        return self._cache[per_request]
+
+    def _declared_rows(self, x: Tensor, batch_shape: tuple[int, ...] | None) -> int:
+        """Rows of a 2-D input, whose first axis may be the batch or flattened tokens."""
+        if x.dim() == 2 and self.row_order == "batch":
+            return x.shape[0]
+        if x.dim() == 2 and self.row_order == "flat":
+            if batch_shape is None or len(batch_shape) < 2:
+                raise ValueError(
+                    "ExpertBank.use: row_order='flat' needs the model's own input (input_ids, "
+                    "inputs_embeds or pixel_values) to know the batch; call the model itself."
+                )
+            if x.shape[0] != batch_shape[0] * batch_shape[1]:
+                raise ValueError(
+                    f"ExpertBank.use: row_order='flat' expects batch x length = {batch_shape[0]} x "
+                    f"{batch_shape[1]} rows in order, got an input of shape {tuple(x.shape)}. "
+                    "Pass slot= with one entry per token."
+                )
+            return batch_shape[0]
+        raise ValueError(
+            f"ExpertBank.use: a layer got an input of shape {tuple(x.shape)}, which does not show "
+            "which row belongs to which request. Say row_order='batch' (one row per row of the "
+            "batch, like a pooler), row_order='flat' (tokens of the whole batch in order), or pass "
+            "slot= with one entry per token."
+        )
+
+
+def _repeat_rows(rows: Tensor, times: int) -> Tensor:
+    """Each entry ``times`` times, in order."""
+    return rows.unsqueeze(1).expand(rows.shape[0], times).reshape(-1)
+
+
+class Route:
+    """The plan in force for one model, and where each layer's columns lie in an arena."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.plan: Plan | None = None
+        self.merged: object = None
+        self.batch_shape: tuple[int, ...] | None = None
+        self._owner: int | None = None
+        # Plans under which a forward with gradients ran; None stands for "no plan".
+        self._grad_plans: WeakSet[Plan] = WeakSet()
+        self._grad_without_plan = False
+        model.register_forward_pre_hook(_watch_model_call, with_kwargs=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Route:
+        """A copied model starts with no plan of its own; its hook was copied with the model."""
+        new = Route.__new__(Route)
+        memo[id(self)] = new
+        new.__dict__.update(self.__dict__)
+        new.plan, new._owner, new._grad_plans = None, None, WeakSet()
+        return new
+
+    @staticmethod
+    def remove(model: nn.Module) -> None:
+        """Take the model-level hook away (by identity: a handle would not survive deepcopy)."""
+        for key, hook in list(model._forward_pre_hooks.items()):
+            if hook is _watch_model_call:
+                del model._forward_pre_hooks[key]
+                model._forward_pre_hooks_with_kwargs.pop(key, None)
+
+    @contextmanager
+    def using(self, plan: Plan) -> Iterator[None]:
+        """Put ``plan`` in force; the plan before comes back afterwards."""
+        me = threading.get_ident()
+        if self.plan is not None and self._owner != me:
+            raise RuntimeError(
+                "ExpertBank.use: another thread is inside `use` on this model. A model has one "
+                "routing at a time; give each thread its own copy, or one batch for all requests."
+            )
+        before, self.plan, self._owner = self.plan, plan, me
+        try:
+            yield
+        finally:
+            self.plan = before
+
+    def guard(self, y: Tensor) -> None:
+        """Make backward through y fail under another plan than the one in force now."""
+        plan = self.plan
+        if torch._C._current_graph_task_id() != -1:  # inside backward: checkpointing recomputes
+            known = self._grad_without_plan if plan is None else plan in self._grad_plans
+            if not known:
+                raise RuntimeError(_OTHER_ROUTING)
+
+        def check(grad: Tensor) -> None:
+            if self.plan is not plan:
+                raise RuntimeError(_OTHER_ROUTING)
+
+        y.register_hook(check)
+
+    def note_gradients(self) -> None:
+        """Remember that a forward with gradients ran under the plan in force."""
+        if self.plan is None:
+            self._grad_without_plan = True
+        else:
+            self._grad_plans.add(self.plan)
+
+
+_OTHER_ROUTING = (
+    "backward, or a recomputation by gradient checkpointing, runs under another routing than the "
+    "forward did. Call backward inside the same `with bank.use(...)` block."
+)
+
+
+def _cache_key(model: nn.Module, route: Route) -> object:
+    """What the keys and values written now depend on: the plan, the merge, the layers' own z."""
+    if route.merged is not None:
+        return ("merged", route.merged)
+    if route.plan is not None:
+        return route.plan.key
+    from .linear import SVFLinear
+
+    layers = [m for m in model.modules() if isinstance(m, SVFLinear)]
+    return ("own", tuple((m.z.data_ptr(), m.z._version) for m in layers if not m.rests()))
+
+
+def _watch_model_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before each call of the model: note the batch's shape, guard caches and recomputation."""
+    route: Route = model._t2_route  # type: ignore[assignment]
+    for name in ("input_ids", "inputs_embeds", "pixel_values"):
+        if isinstance(kwargs.get(name), Tensor):
+            route.batch_shape = tuple(kwargs[name].shape)
+            break
+    else:
+        route.batch_shape = tuple(args[0].shape) if args and isinstance(args[0], Tensor) else None
+    if torch.compiler.is_compiling():
+        return
+    plan, shape = route.plan, route.batch_shape
+    if plan is not None and plan.slot is None and shape and shape[0] % plan.requests:
+        raise ValueError(
+            f"ExpertBank.use: the routing names {plan.requests} requests, but the model was called "
+            f"with a batch of {shape[0]}. Name one entry per row of the batch (beams and return "
+            "sequences repeat rows in order)."
+        )
+    if torch.is_grad_enabled():
+        route.note_gradients()
+    cache = kwargs.get("past_key_values")
+    if cache is None or not hasattr(cache, "get_seq_length"):
+        return
+    key = _cache_key(model, route)
+    if getattr(cache, "_t2_key", key) != key and int(cache.get_seq_length()) > 0:
+        raise RuntimeError(
+            "this key/value cache was made under other experts than those in force now, so its "
+            "keys and values belong to another model. Start a new cache (past_key_values=None), or "
+            "go on under the routing that made it."
+        )
+    cache._t2_key = key

@@ -1,0 +1,125 @@
+"""Which backend computes a product, and the two switches that a user has over it.
+
+The policy is a table of what was measured, nothing else: native code on a CPU, torch elsewhere.
+The Triton and CUDA kernels run when asked for by name; they become a default when a measurement
+on the GPU in question says so.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+# Modules are imported when first asked for: importing t2kernels must not import triton.
+_MODULES = {
+    "reference": "reference",
+    "torch": "torch_backend",
+    "native": "native",
+    "triton": "triton",
+    "cuda": "cuda",
+}
+BACKENDS = tuple(_MODULES)
+_loaded: dict[str, Any] = {}
+
+_forced: ContextVar[str | None] = ContextVar("t2kernels_backend", default=None)
+_invariant: ContextVar[bool] = ContextVar("t2kernels_batch_invariant", default=False)
+
+
+class Choice(NamedTuple):
+    """A backend module and the sentence that says why it was chosen."""
+
+    module: Any
+    why: str
+
+
+def load(name: str) -> Any:
+    """The backend module called ``name``."""
+    module = _loaded.get(name)
+    if module is None:
+        if name not in _MODULES:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}.")
+        module = _loaded[name] = importlib.import_module(f".{_MODULES[name]}", __package__)
+    return module
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Inside, every product runs on the backend ``name`` or raises; wins over ``T2_BACKEND``.
+
+    >>> with backend("torch"):
+    ...     pass
+    """
+    load(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@contextmanager
+def batch_invariant(enabled: bool = True) -> Iterator[None]:
+    """Inside, a row's output bits depend neither on the other rows nor on their number.
+
+    The backend's order of summation is fixed, and so is the form of a layer: within
+    ``ExpertBank.use`` every row is computed in factorised form, also when no row has an expert.
+
+    >>> with batch_invariant():
+    ...     is_batch_invariant()
+    True
+    """
+    token = _invariant.set(enabled)
+    try:
+        yield
+    finally:
+        _invariant.reset(token)
+
+
+def is_batch_invariant() -> bool:
+    """Whether the caller is inside ``batch_invariant()``."""
+    return _invariant.get()
+
+
+def forced_backend() -> str | None:
+    """The backend named by ``backend(...)`` or by the variable T2_BACKEND, if any."""
+    return _forced.get() or os.environ.get("T2_BACKEND") or None
+
+
+def choose(
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+) -> Choice:
+    """The backend for this call. A forced backend that cannot run the call is an error."""
+    name = forced_backend()
+    if name is not None:
+        module = load(name)
+        reason = module.unavailable(x, U, V, d, base, slot, bias, scale)
+        if reason is not None:
+            raise RuntimeError(
+                f"backend {name!r} was asked for (t2kernels.backend or T2_BACKEND) and cannot run "
+                f"this call: {reason}. Unset it to let the policy choose."
+            )
+        return Choice(module, f"{name!r} was asked for by name")
+    device = x.device.type
+    if device == "cpu":
+        native = load("native")
+        reason = native.unavailable(x, U, V, d, base, slot, bias, scale)
+        if reason is None:
+            return Choice(native, "the native kernels are the default on a CPU")
+        return Choice(load("torch"), f"the native kernels cannot run this call: {reason}")
+    if device == "cuda":
+        why = "no kernel of this package has been measured on this GPU against torch"
+        return Choice(load("torch"), f"{why}; ask for 'cuda' or 'triton' by name")
+    return Choice(load("torch"), f"torch is the one backend for {device}")

@@ -1,0 +1,253 @@
+"""The public functions: validation, the flattening of leading axes, and the direct path."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..quantized import QuantizedFactors
+from ..svd import SVDFactors
+from . import dispatch
+from .library import check_slot_values, product
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _plain_eager(x: Tensor) -> bool:
+    """No compiler, tracer, dispatch mode, function transform or tensor subclass is watching."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in _PLAIN
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._get_tracing_state()
+    )
+
+
+def run(
+    x: Tensor,
+    U: Tensor,
+    Vh: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    recompute: bool,
+) -> Tensor:
+    """The product of a (T, n) x whose arguments are known to be valid.
+
+    With no gradient wanted and nobody watching, the backend is called directly: the dispatcher
+    would cost more than a small layer.
+    """
+    wants_dd = d.requires_grad and torch.is_grad_enabled()
+    wants_grad = wants_dd or (
+        torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    )
+    invariant = dispatch.is_batch_invariant()
+    if not wants_grad and _plain_eager(x) and not torch.is_autocast_enabled(x.device.type):
+        with torch.no_grad():  # in-place steps of a backend must not see a leaf that wants grad
+            return product(x, U, Vh, d, base, slot, bias, scale, False, invariant)[0]
+    save_h = wants_dd and not recompute
+    y, _ = torch.ops.t2kernels.svf_product(x, U, Vh, d, base, slot, bias, scale, save_h, invariant)
+    return y
+
+
+def _shape(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
+
+
+def _check(
+    op: str, x: Tensor, f: SVDFactors | QuantizedFactors, d: Tensor, slot: Tensor | None,
+    bias: Tensor | None, diagonal: str,
+) -> None:  # fmt: skip
+    """Shapes, dtypes, devices and layouts; never values, so never a sync."""
+    if not isinstance(f, (SVDFactors, QuantizedFactors)):
+        raise TypeError(
+            f"{op}: factors must be SVDFactors or QuantizedFactors, got {type(f).__name__}. "
+            "Make them with t2kernels.decompose(weight)."
+        )
+    for name, value in (("x", x), (diagonal, d)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}.")
+    U, V = f.U, f.V
+    (m, r), n = U.shape, V.shape[0]
+    if x.dim() == 0 or x.shape[-1] != n:
+        raise ValueError(f"{op}: x must have shape (..., n) with n = {n}, got {_shape(x)}.")
+    if d.shape[-1:] != (r,) or d.dim() not in (1, 2):
+        raise ValueError(
+            f"{op}: {diagonal} must have shape (r,) = ({r},) or (slots, r), got {_shape(d)}. "
+            "Was this expert trained for another layer?"
+        )
+    diag_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if d.dtype != diag_dtype:
+        raise TypeError(
+            f"{op}: {diagonal} must be {diag_dtype} (for x in {x.dtype}), got {d.dtype}. "
+            "The diagonal stays in full precision; use effective_diagonal or .float()."
+        )
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if not x.is_floating_point() or (U.dtype not in (x.dtype, torch.int8) and not autocast):
+        raise TypeError(
+            f"{op}: x must have the factors' dtype {U.dtype}, got {x.dtype}. "
+            f"Use x.to({U.dtype}) or decompose(weight, dtype={x.dtype})."
+        )
+    if (U.requires_grad or V.requires_grad) and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: U and V are frozen and get no gradient; pass U.detach(), V.detach()."
+        )
+    if bias is not None and (_shape(bias) != (m,) or (bias.dtype != x.dtype and not autocast)):
+        raise ValueError(
+            f"{op}: bias must have shape (m,) = ({m},) and dtype {x.dtype}, "
+            f"got {_shape(bias)} in {bias.dtype}."
+        )
+    for name, value in (("U", U), ("V", V), (diagonal, d), ("slot", slot), ("bias", bias)):
+        if value is not None and value.device != x.device:
+            raise ValueError(
+                f"{op}: all tensors must be on x's device {x.device}, {name} is on {value.device}."
+            )
+    if slot is None:
+        if d.dim() == 2:
+            raise ValueError(
+                f"{op}: {diagonal} has {d.shape[0]} slots {_shape(d)}, so slot (tokens,) int32 must "
+                f"say which token uses which; pass {diagonal}[i] for a single one."
+            )
+        return
+    tokens = x.numel() // n if n else 0
+    if d.dim() != 2:
+        raise ValueError(f"{op}: with slot, {diagonal} must be (slots, r), got {_shape(d)}.")
+    if slot.dtype != torch.int32:
+        raise TypeError(f"{op}: slot must be torch.int32, got {slot.dtype}. Use slot.int().")
+    if _shape(slot) != (tokens,):
+        raise ValueError(
+            f"{op}: slot must have shape (tokens,) = ({tokens},), one entry per row of x "
+            f"flattened to (tokens, n), got {_shape(slot)}."
+        )
+    if slot.device.type == "cpu" and _plain_eager(x):
+        check_slot_values(slot, d.shape[0])
+
+
+def layout(f: SVDFactors | QuantizedFactors) -> tuple[Tensor, Tensor]:
+    """(U, Vh), both contiguous; a copy only where the caller built factors of another layout."""
+    return f.U.contiguous(), f.V.t().contiguous()
+
+
+def _rows(d: Tensor) -> Tensor:
+    return d if d.stride(-1) == 1 else d.contiguous()
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x·Wᵀ + b; in batch-invariant mode by a kernel whose order of summation is fixed."""
+    if not dispatch.is_batch_invariant():
+        return F.linear(x, weight, bias)
+    x2 = x.reshape(-1, x.shape[-1])
+    native = dispatch.load("native") if x.device.type == "cpu" else None
+    if native is not None and native.linear_unavailable(x2, weight, bias) is None:
+        y = native.linear(x2, weight, bias)
+    else:  # row by row: slow, and right by construction
+        rows = [F.linear(x2[t : t + 1].contiguous(), weight, bias) for t in range(x2.shape[0])]
+        y = torch.cat(rows) if rows else x2.new_empty(0, weight.shape[0])
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def svf_linear(
+    x: Tensor,
+    f: SVDFactors | QuantizedFactors,
+    d: Tensor,
+    slot: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    recompute: bool = False,
+) -> Tensor:
+    """y = x·V·diag(d)·Uᵀ + b, without building W′ = U·diag(d)·Vᵀ (paper, section 3.1).
+
+    Equivalent to ``F.linear(x, f.U @ torch.diag(d) @ f.V.T, bias)``; with ``slot`` every token t
+    uses the diagonal ``d[slot[t]]``, and ``slot[t] == -1`` means ``d = f.S``, the base weight to
+    rounding.
+
+    Args:
+        x: (..., n) in the factors' dtype (any floating dtype with int8 factors).
+        f: factors U (m, r), S (r,), V (n, r), from ``decompose`` or ``quantize``.
+        d: (r,) or (slots, r), fp32 (fp64 for fp64 x): σ⊙z from ``effective_diagonal``.
+        slot: (tokens,) int32 with tokens = x.numel() / n, in [-1, slots). Values are checked here
+            for CPU tensors; on a GPU a check would stall, so check where the routing is set.
+        bias: (m,) in x's dtype.
+        recompute: with gradients, compute h = xV again in backward instead of keeping (tokens, r).
+
+    Returns:
+        y (..., m) in x's dtype. Sums are accumulated in fp32; h⊙d is rounded to x's dtype once.
+
+    Gradients reach x, d (per slot) and bias; U and V are frozen. Under autocast x, U, V and the
+    bias are cast to the autocast dtype, d stays fp32. Cost: 2r(n + m) FLOP a token, whatever the
+    number of slots.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, what came.
+        RuntimeError: a backend was asked for by name and cannot run this call.
+
+    >>> import torch, t2kernels as t2k
+    >>> w, x = torch.randn(5, 3), torch.randn(2, 3)
+    >>> f = t2k.decompose(w)
+    >>> torch.allclose(t2k.svf_linear(x, f, f.S), x @ w.T, atol=1e-5)
+    True
+    """
+    _check("svf_linear", x, f, d, slot, bias, "d")
+    U, Vh = layout(f)
+    scale = f.scale if isinstance(f, QuantizedFactors) else None
+    y = run(
+        x.reshape(-1, x.shape[-1]), U, Vh, _rows(d), f.S.to(d.dtype), slot, bias, scale, recompute
+    )
+    return y.view(*x.shape[:-1], U.shape[0])
+
+
+def svf_delta_linear(
+    x: Tensor,
+    weight: Tensor,
+    fk: SVDFactors | QuantizedFactors,
+    dk: Tensor,
+    slot: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    recompute: bool = False,
+) -> Tensor:
+    """y = x·Wᵀ + x·V_k·diag(d_k − σ_k)·U_kᵀ + b: k components on top of the stored weight.
+
+    Equivalent to ``F.linear(x, weight + fk.U @ torch.diag(dk - fk.S) @ fk.V.T, bias)``. Exact for
+    experts trained on k components, and the only form in which k < r components may be used:
+    U_k·Σ_k·V_kᵀ alone is not W. A token with slot -1 gets the stored weight itself.
+
+    Args:
+        x: (..., n) in the dtype of ``weight``.
+        weight: (m, n), the stored base weight; gets a gradient like F.linear's if it wants one.
+        fk: the leading k factors, ``decompose(weight, rank=k)``.
+        dk: (k,) or (slots, k), fp32.
+        slot, bias, recompute: as in ``svf_linear``.
+
+    Returns:
+        y (..., m) in x's dtype. The two parts are rounded to x's dtype before they are added.
+
+    Cost: 2nm + 2k(n + m) FLOP a token. Errors as in ``svf_linear``.
+
+    >>> import torch, t2kernels as t2k
+    >>> w, x = torch.randn(5, 3), torch.randn(2, 3)
+    >>> fk = t2k.decompose(w, rank=2)
+    >>> torch.equal(t2k.svf_delta_linear(x, w, fk, fk.S), x @ w.T)
+    True
+    """
+    _check("svf_delta_linear", x, fk, dk, slot, bias, "dk")
+    m, n = fk.U.shape[0], fk.V.shape[0]
+    if _shape(weight) != (m, n):
+        raise ValueError(
+            f"svf_delta_linear: weight must have shape (m, n) = ({m}, {n}) to match the factors, "
+            f"got {_shape(weight)}."
+        )
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"svf_delta_linear: weight must be {x.dtype} like x, got {weight.dtype}.")
+    U, Vh = layout(fk)
+    scale = fk.scale if isinstance(fk, QuantizedFactors) else None
+    S = fk.S.to(dk.dtype)
+    y = dense(x, weight, bias)
+    delta = run(
+        x.reshape(-1, n), U, Vh, _rows(dk - S), torch.zeros_like(S), slot, None, scale, recompute
+    )
+    return y + delta.view(y.shape)

@@ -1,0 +1,111 @@
+"""The three-operation form in plain torch: runs on every device torch knows (cpu, cuda, mps, xpu).
+
+Two library matrix products with the diagonal between them. Batch-invariant mode computes each row
+by itself, which is slow and right by construction: a library may pick another kernel, and so
+another order of summation, for every number of rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .reference import accumulate_dtype, diagonal_rows
+
+NAME = "torch"
+
+
+def unavailable(
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+) -> str | None:
+    """Plain torch runs every call."""
+    return None
+
+
+def _factors(x: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 factors are widened for the call; others are used as they are."""
+    return (U.to(x.dtype), V.to(x.dtype)) if U.dtype == torch.int8 else (U, V)
+
+
+def _scaled(h: Tensor, rows: Tensor, *, keep: bool) -> Tensor:
+    """h * rows computed in the wider dtype and rounded once to h.dtype; in place unless ``keep``."""
+    return torch.mul(h, rows, out=torch.empty_like(h)) if keep else h.mul_(rows)
+
+
+def forward(
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    save_h: bool = False,
+    batch_invariant: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """See ``reference.forward``; h is rounded to x.dtype by the first product as well."""
+    U, V = _factors(x, U, V)
+    rows = diagonal_rows(d, base, slot, scale)  # (r,) or (T, r)
+    if batch_invariant:
+        return _forward_by_row(x, U, V, rows, bias, save_h)
+    h = x @ V
+    hd = _scaled(h, rows, keep=save_h)
+    y = hd @ U.t() if bias is None else torch.addmm(bias, hd, U.t())
+    return y, h if save_h else None
+
+
+def _forward_by_row(
+    x: Tensor, U: Tensor, V: Tensor, rows: Tensor, bias: Tensor | None, save_h: bool
+) -> tuple[Tensor, Tensor | None]:
+    y, h = x.new_empty(x.shape[0], U.shape[0]), x.new_empty(x.shape[0], U.shape[1])
+    for t in range(x.shape[0]):
+        # .contiguous(): the layout of the row may choose the kernel, and with it the bits.
+        h[t] = (x[t : t + 1].contiguous() @ V)[0]
+        hd = (h[t] * (rows if rows.dim() == 1 else rows[t])).to(x.dtype)
+        y[t] = (hd.unsqueeze(0) @ U.t())[0]
+    if bias is not None:
+        y += bias
+    return y, h if save_h else None
+
+
+def backward(
+    g: Tensor,
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None = None,
+    h: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    need_dx: bool = True,
+    need_dd: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """See ``reference.backward``. Per-slot sums are a product with the membership matrix: a fixed
+    order of summation, where index_add would use atomics on a GPU."""
+    acc = accumulate_dtype(x)
+    U, V = _factors(x, U, V)
+    gu = g @ U  # (T, r)
+    dx = dd = None
+    if need_dd:
+        h = x @ V if h is None else h
+        if slot is None:
+            dd = torch.mul(h.to(acc), gu).sum(0)
+        else:
+            member = slot.unsqueeze(0) == torch.arange(d.shape[0], device=d.device).unsqueeze(1)
+            dd = member.to(acc) @ torch.mul(h.to(acc), gu)  # (slots, r)
+        if scale is not None:
+            dd = dd * scale
+    if need_dx:
+        dx = _scaled(gu, diagonal_rows(d, base, slot, scale), keep=False) @ V.t()
+    return dx, dd
