@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -33,6 +34,7 @@ __all__ = [
     "atomic_path",
     "check_name",
     "file_sha256",
+    "folder_lock",
     "load_tensors",
     "read_header",
     "read_json",
@@ -40,6 +42,8 @@ __all__ = [
     "save_tensors",
     "write_json",
 ]
+
+logger = logging.getLogger(__name__)
 
 StrPath = str | os.PathLike[str]
 
@@ -137,6 +141,34 @@ def remove_temporaries(folder: StrPath) -> int:
     return len(found)
 
 
+@contextmanager
+def folder_lock(folder: StrPath) -> Iterator[None]:
+    """One writer in ``folder`` at a time; a second one gets a RuntimeError at once.
+
+    The lock is the operating system's and ends with its process, however that ends. Where there
+    is no such lock (Windows, some network file systems) this does nothing.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, PermissionError):
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(
+                f"{folder} is being written by another process. Wait for it or use another folder."
+            ) from error
+        except OSError:
+            logger.debug("no lock on %s: its file system has none", folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: StrPath, value: Mapping[str, Any]) -> None:
     """Writes a JSON object atomically, keys in their order; inf and NaN are refused."""
     try:
@@ -144,8 +176,7 @@ def write_json(path: StrPath, value: Mapping[str, Any]) -> None:
     except (TypeError, ValueError) as error:
         raise type(error)(f"cannot write {path} as JSON: {error}") from error
     with atomic_path(path) as temporary:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        temporary.write_bytes(text.encode())
 
 
 def read_json(
@@ -287,7 +318,9 @@ def _existing(path: StrPath, what: str) -> Path:
     return path
 
 
-def _check_kind(path: Path, found: Mapping[str, Any], kind: str | None, version: int | None) -> None:
+def _check_kind(
+    path: Path, found: Mapping[str, Any], kind: str | None, version: int | None
+) -> None:
     if kind is not None and found.get("kind") != kind:
         raise CorruptFileError(
             f"{path} must be of kind {kind!r}, got {found.get('kind')!r}. "
@@ -300,8 +333,13 @@ def _check_kind(path: Path, found: Mapping[str, Any], kind: str | None, version:
         )
 
 
-def _check_tensors(path: Path, header: Header, expect: Mapping[str, tuple[int, ...] | None]) -> None:
-    missing, surplus = sorted(expect.keys() - header.tensors), sorted(header.tensors.keys() - expect)
+def _check_tensors(
+    path: Path, header: Header, expect: Mapping[str, tuple[int, ...] | None]
+) -> None:
+    missing, surplus = (
+        sorted(expect.keys() - header.tensors),
+        sorted(header.tensors.keys() - expect),
+    )
     if missing or surplus:
         raise CorruptFileError(
             f"{path} must hold the tensors {sorted(expect)}, got {sorted(header.tensors)[:8]}"

@@ -267,11 +267,13 @@ def check_factors(factors: SVDFactors, *, what: str = "factors") -> None:
         )
     if S.shape[0] > min(U.shape[0], V.shape[0]) or S.shape[0] < 1:
         raise ValueError(
-            f"{what}: r must be in 1 .. min(m, n) = {min(U.shape[0], V.shape[0])}, got {S.shape[0]}."
+            f"{what}: r must be in 1 .. min(m, n) = {min(U.shape[0], V.shape[0])}, "
+            f"got {S.shape[0]}."
         )
     if U.dtype != V.dtype or U.dtype not in _FLOATS:
         raise TypeError(
-            f"{what}: U and V must share one dtype of {_dtype_names()}, got {U.dtype} and {V.dtype}."
+            f"{what}: U and V must share one dtype of {_dtype_names()}, "
+            f"got {U.dtype} and {V.dtype}."
         )
     if S.dtype != _sigma_dtype(U.dtype):
         raise TypeError(

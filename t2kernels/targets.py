@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 __all__ = [
     "GROUPS",
     "Targets",
     "check_targets",
     "classify",
+    "explain_no_match",
     "is_conv1d",
     "match",
     "normalise",
     "unmatched",
 ]
 
-Targets = str | Sequence[str]
+Targets = str | Iterable[str]
 
 #: words that stand for groups of layers
 GROUPS = ("all-linear", "mlp", "attention")
@@ -130,25 +131,39 @@ def unmatched(names: Iterable[str], targets: Targets) -> list[str]:
     return [e for e in _entries(targets, "targets") if not any(match(n, e) for n in known)]
 
 
-def check_targets(names: Iterable[str], targets: Targets, what: str = "targets") -> None:
+def check_targets(names: Iterable[str], targets: Targets) -> None:
     """Raises ValueError where an entry of ``targets`` asks for none of ``names``.
 
     The message names what comes near: a misspelt layer must not silently train nothing.
     """
+    known = list(names)
+    if unmatched(known, targets):
+        raise ValueError(explain_no_match(targets, known))
+
+
+def explain_no_match(targets: Targets, names: Iterable[str]) -> str:
+    """What is wrong with the first entry of ``targets`` that asks for none of ``names``.
+
+    >>> explain_no_match("qproj", ["h.0.q_proj"]).split(". ")[1]
+    "Did you mean 'q_proj'?"
+    """
     known = [normalise(name) for name in names]
-    missed = unmatched(known, targets)
-    if not missed:
-        return
-    entry = missed[0]
+    if not known:
+        return "targets: there is no layer to choose from."
+    entry = (unmatched(known, targets) or _entries(targets, "targets"))[0]
     # Neighbours are looked for among the ends of names with as many parts as the entry has.
     parts = entry.count(".") + 1
-    ends = sorted({".".join(name.split(".")[-parts:]) for name in known if classify(name) != "norm"})
+    ends = sorted(
+        {".".join(name.split(".")[-parts:]) for name in known if classify(name) != "norm"}
+    )
     near = difflib.get_close_matches(entry, [*ends, *GROUPS], n=4, cutoff=0.5)
     hint = f"Did you mean {', '.join(map(repr, near))}?" if near else f"There are {ends[:8]}."
     if any(name == entry or name.endswith("." + entry) for name in known):
         hint = "It is an embedding or a norm, which have no SVF form."
-    raise ValueError(
-        f"{what}: {entry!r} matches none of {len(known)} layers. {hint} "
+    if entry in GROUPS:
+        hint = f"There are {ends[:8]}."
+    return (
+        f"targets: {entry!r} matches none of {len(known)} layers. {hint} "
         f"Use one of {', '.join(map(repr, GROUPS))}, the end of a layer's name, "
         "or a regular expression that matches the whole name."
     )
@@ -167,12 +182,10 @@ def is_conv1d(name: str, model_types: Iterable[str]) -> bool:
 def _entries(targets: Targets, what: str) -> list[str]:
     if isinstance(targets, str):
         entries = [targets]
-    elif isinstance(targets, Sequence) or isinstance(targets, (set, frozenset)):
+    elif isinstance(targets, (list, tuple, set, frozenset)):
         entries = list(targets)
     else:
-        raise TypeError(
-            f"{what} must be a str or a list of str, got {type(targets).__name__}."
-        )
+        raise TypeError(f"{what} must be a str or a list of str, got {type(targets).__name__}.")
     for entry in entries:
         if not isinstance(entry, str):
             raise TypeError(f"{what} must hold str, got {entry!r}.")

@@ -1,0 +1,446 @@
+"""A whole checkpoint's factors in a folder: made weight by weight, resumable, checked when read.
+
+    out/manifest.json                  what is in the folder, settings, accuracy, fingerprints
+    out/<layer name>.safetensors       U (m, r), S (r,), Vh (r, n)
+
+A weight's file is written whole, then the manifest that names it: whatever moment a run is killed
+at, every entry of the manifest is good, and the next run goes on behind the last one.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .checkpoint import Checkpoint, Weight
+from .files import (
+    CorruptFileError,
+    SaveError,
+    StrPath,
+    file_sha256,
+    folder_lock,
+    load_tensors,
+    read_header,
+    read_json,
+    remove_temporaries,
+    save_tensors,
+    write_json,
+)
+from .svd import SVDFactors, accuracy, check_factors, decompose, fingerprint
+from .targets import Targets, normalise
+
+__all__ = ["FactorStore", "decompose_checkpoint"]
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+KIND = "t2k-factor-store"
+FILE_KIND = "t2k-factors"
+VERSION = 1
+_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+}
+
+
+def decompose_checkpoint(
+    path: StrPath,
+    out: StrPath,
+    *,
+    targets: Targets = "all-linear",
+    exclude: Targets | None = None,
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
+    precision: str = "fp32",
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    overwrite: bool = False,
+) -> FactorStore:
+    """Decomposes the 2-D weights of a checkpoint into the folder ``out``; see ``decompose``.
+
+    Run it again after a kill: finished weights are kept if the settings and their fingerprints
+    agree. A run with other ``targets`` adds to the folder; nothing is removed. In memory are at
+    most one weight, its factors and the workspace of its SVD (fp32: about 7 copies of the weight,
+    fp64 twice that).
+
+    Args:
+        path: a local Hugging Face folder (``model.safetensors`` or an index of shards) or one
+            .safetensors file. GPT-2's Conv1D weights are decomposed as (out, in).
+        out: the folder to make or to go on with.
+        targets, exclude: as in ``convert``; see ``t2kernels.targets.match``.
+        rank: keep at most this many singular values of each weight.
+        dtype: of U and V; None is each weight's own.
+        precision: "fp32" or "fp64", see ``decompose``.
+        device: where to compute; None is the first GPU where there is one, else the CPU.
+        progress: a bar with the layer and the time left, on stderr if that is a terminal.
+        overwrite: drop the factors that are in ``out`` instead of going on.
+
+    Returns:
+        The finished ``FactorStore``.
+
+    Raises:
+        FileNotFoundError, CorruptFileError: the checkpoint. ValueError: targets that match
+        nothing, ``out`` made with other settings or from another checkpoint, weights with NaN.
+        SaveError: no room on the disk. RuntimeError: another process writes to ``out``.
+    """
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(
+            f"decompose_checkpoint: rank must be a positive int or None, got {rank!r}."
+        )
+    if dtype is not None and dtype not in _DTYPES.values():
+        raise TypeError(f"decompose_checkpoint: dtype must be a float or None, got {dtype}.")
+    if precision not in ("fp32", "fp64"):
+        raise ValueError(
+            f"decompose_checkpoint: precision must be 'fp32' or 'fp64', got {precision!r}."
+        )
+    targets, exclude = _plain(targets), None if exclude is None else _plain(exclude)
+    checkpoint = Checkpoint(path)
+    weights, skipped = checkpoint.weights(targets, exclude)
+    for name, reason in skipped.items():
+        logger.warning("%s is left out: %s", name, reason)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = {"rank": rank, "dtype": _dtype_name(dtype), "precision": precision}
+
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"cannot make the folder {folder}: {error}.") from error
+    with folder_lock(folder):
+        manifest = _open_manifest(folder, settings, overwrite)
+        entries: dict[str, Any] = manifest["weights"]
+        pending = [w for w in weights if not _is_done(folder, w, entries.get(w.name))]
+        _check_room(folder, pending, rank, dtype)
+        order = [*entries, *(w.name for w in pending if w.name not in entries)]
+        manifest |= {
+            "source": str(path),
+            "model_types": sorted(checkpoint.model_types),
+            "targets": targets,
+            "exclude": exclude,
+            "skipped": skipped,
+            "complete": not pending,
+        }
+        write_json(folder / MANIFEST, manifest)
+        for weight in _with_bar(pending, len(weights), progress):
+            entries[weight.name] = _decompose_one(folder, weight, rank, dtype, precision, device)
+            manifest["weights"] = {name: entries[name] for name in order if name in entries}
+            manifest["complete"] = len(manifest["weights"]) == len(order)
+            write_json(folder / MANIFEST, manifest)
+    return FactorStore(folder)
+
+
+class FactorStore:
+    """Read side of a folder made by ``decompose_checkpoint``.
+
+    Opening reads the manifest only; each weight's file is checked when it is used.
+
+    Raises:
+        FileNotFoundError: no manifest. CorruptFileError: damaged, another version. ValueError:
+        the run that makes it has not finished (``partial=True`` opens it all the same).
+    """
+
+    def __init__(self, path: StrPath, *, partial: bool = False) -> None:
+        self.path = Path(path)
+        if not (self.path / MANIFEST).exists():
+            raise FileNotFoundError(
+                f"{self.path} holds no {MANIFEST}. Make it with decompose_checkpoint()."
+            )
+        self.manifest = _read_manifest(self.path)
+        self._entries: dict[str, dict[str, Any]] = self.manifest["weights"]
+        if not self.manifest["complete"] and not partial:
+            raise ValueError(
+                f"{self.path} is unfinished ({len(self._entries)} weights are there). "
+                "Run the decomposition again to finish it, or open it with partial=True."
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """Layer names, without ".weight", in the order of the checkpoint."""
+        return list(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return self.find(name) is not None
+
+    def find(self, name: str) -> str | None:
+        """The store's name for a layer: itself, or the only one that differs by a leading part.
+
+        A model with a head calls "transformer.h.0.mlp.c_fc" what its checkpoint may call
+        "h.0.mlp.c_fc", and the reverse.
+        """
+        name = normalise(name)
+        if name in self._entries:
+            return name
+        near = [k for k in self._entries if k.endswith("." + name) or name.endswith("." + k)]
+        return near[0] if len(near) == 1 else None
+
+    def info(self, name: str) -> dict[str, Any]:
+        """shape, rank, dtype, transposed, fingerprint, accuracy, seconds, file, bytes, sha256."""
+        return dict(self._entry(name)[1])
+
+    def load(
+        self,
+        name: str,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> SVDFactors:
+        """The factors of a layer on ``device`` (CPU), U and V in ``dtype`` (as stored)."""
+        name, entry = self._entry(name)
+        path = self.path / entry["file"]
+        (m, n), r = entry["shape"], entry["rank"]
+        expect = {"U": (m, r), "S": (r,), "Vh": (r, n)}
+        tensors, metadata = load_tensors(path, kind=FILE_KIND, version=VERSION, expect=expect)
+        if metadata.get("name") != name or metadata.get("fingerprint") != entry["fingerprint"]:
+            raise CorruptFileError(
+                f"{path} holds the factors of {metadata.get('name')!r} "
+                f"({metadata.get('fingerprint')}), expected {name!r} ({entry['fingerprint']}). "
+                "Were files moved between folders? Run the decomposition again."
+            )
+        factors = SVDFactors(tensors["U"], tensors["S"], tensors["Vh"].t())
+        try:
+            check_factors(factors, what=str(path))
+        except (TypeError, ValueError) as error:
+            raise CorruptFileError(f"{error} Run the decomposition again.") from error
+        return factors.to(device, dtype)
+
+    def verify(self, name: str, weight: Tensor) -> None:
+        """Raises ValueError unless ``weight`` (out, in) is what the factors were made from."""
+        name, entry = self._entry(name)
+        if list(weight.shape) != list(entry["shape"]):
+            raise ValueError(
+                f"{self.path}: {name!r} was made from a weight of shape {tuple(entry['shape'])}, "
+                f"got {tuple(weight.shape)}. Pass Conv1D weights as weight.t()."
+            )
+        found = fingerprint(weight)
+        if found != entry["fingerprint"]:
+            raise ValueError(
+                f"{self.path}: {name!r} was made from a weight with fingerprint "
+                f"{entry['fingerprint']}, got {found}. Decompose the checkpoint that is in use."
+            )
+
+    def check(self, name: str | None = None) -> None:
+        """Reads the files of one or all layers and compares them with their sha256."""
+        for key in self.names if name is None else [name]:
+            _, entry = self._entry(key)
+            path = self.path / entry["file"]
+            read_header(path)
+            if file_sha256(path) != entry["sha256"]:
+                raise CorruptFileError(
+                    f"{path} is damaged: its sha256 is not the one in {MANIFEST}. "
+                    "Delete it and run the decomposition again."
+                )
+
+    def __repr__(self) -> str:
+        return f"FactorStore({str(self.path)!r}, {len(self)} weights)"
+
+    def _entry(self, name: str) -> tuple[str, dict[str, Any]]:
+        found = self.find(name)
+        if found is None:
+            import difflib
+
+            near = difflib.get_close_matches(name, self._entries, n=3, cutoff=0.6)
+            raise ValueError(
+                f"{self.path} has no factors for {name!r}; "
+                + (f"near are {near}." if near else f"it has {self.names[:4]} ...")
+                + " Decompose the same checkpoint with targets that include it."
+            )
+        return found, self._entries[found]
+
+
+def _decompose_one(
+    folder: Path,
+    weight: Weight,
+    rank: int | None,
+    dtype: torch.dtype | None,
+    precision: str,
+    device: str | torch.device,
+) -> dict[str, Any]:
+    """Factors of one weight on the disk; returns its entry in the manifest."""
+    start = time.perf_counter()
+    values = weight.read()
+    stored = _DTYPES[weight.dtype] if dtype is None else dtype
+    # First in the dtype of the computation: the error of the SVD and the error of rounding its
+    # factors to bf16 are told apart.
+    full = torch.float64 if stored == torch.float64 else torch.float32
+    try:
+        factors = decompose(
+            values,
+            rank=None if rank is None else min(rank, weight.rank),
+            dtype=full,
+            precision=precision,
+            device=device,
+        )
+    except ValueError as error:
+        raise ValueError(f"{weight.file}: {weight.name}: {error}") from error
+    measured = "fp64" if full == torch.float64 else precision
+    reached = accuracy(values, factors, precision=measured)
+    relative_error_stored = reached.relative_error
+    if stored != full:
+        factors = factors.to(dtype=stored)
+        relative_error_stored = accuracy(values, factors, precision=measured).relative_error
+    mark = fingerprint(values)
+    file = f"{weight.name}.safetensors"
+    metadata = {"kind": FILE_KIND, "version": VERSION, "name": weight.name, "fingerprint": mark}
+    tensors = {"U": factors.U, "S": factors.S, "Vh": factors.V.t()}
+    save_tensors(folder / file, tensors, metadata)
+    return {
+        "shape": list(weight.shape),
+        "rank": factors.rank,
+        "dtype": _dtype_name(stored),
+        "transposed": weight.transposed,
+        "fingerprint": mark,
+        "accuracy": {
+            "relative_error": reached.relative_error,
+            "relative_error_stored": relative_error_stored,
+            "orthogonality_u": reached.orthogonality_u,
+            "orthogonality_v": reached.orthogonality_v,
+        },
+        "seconds": round(time.perf_counter() - start, 3),
+        "file": file,
+        "bytes": (folder / file).stat().st_size,
+        "sha256": file_sha256(folder / file),
+    }
+
+
+def _open_manifest(folder: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """The manifest to go on with, or a new one; clears what a killed run left half-written."""
+    remove_temporaries(folder)
+    fresh = {"kind": KIND, "version": VERSION, "complete": False, "settings": settings}
+    fresh["weights"] = {}
+    path = folder / MANIFEST
+    if not path.exists():
+        strangers = sorted(p.name for p in folder.iterdir())
+        if strangers:
+            raise ValueError(
+                f"{folder} holds {strangers[:4]} but no {MANIFEST}, so it is not a factor store. "
+                "Choose an empty or a new folder."
+            )
+        return fresh
+    if overwrite:
+        _clear(folder)
+        return fresh
+    manifest = _read_manifest(folder)
+    if manifest["settings"] != settings:
+        differing = {k: v for k, v in settings.items() if manifest["settings"].get(k) != v}
+        before = {k: manifest["settings"].get(k) for k in differing}
+        raise ValueError(
+            f"{folder} was made with {before}, now {differing} is asked for. "
+            "Use the same settings to go on, another folder, or overwrite=True."
+        )
+    return manifest
+
+
+def _clear(folder: Path) -> None:
+    """Deletes this package's files only, the manifest last, so that a kill can be resumed."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            ours = read_header(path).metadata.get("kind") == FILE_KIND
+        except CorruptFileError:
+            ours = False
+        if ours:
+            path.unlink()
+    (folder / MANIFEST).unlink()
+
+
+def _is_done(folder: Path, weight: Weight, entry: dict[str, Any] | None) -> bool:
+    """Whether the weight's file is there and whole; raises if it was made from other values."""
+    if entry is None:
+        return False
+    if (
+        entry["fingerprint"] != fingerprint(weight.read())
+        or entry["transposed"] != weight.transposed
+    ):
+        raise ValueError(
+            f"{folder} holds factors of another checkpoint: {weight.name!r} was made from other "
+            f"values than those in {weight.file}. Use another folder or overwrite=True."
+        )
+    path = folder / entry["file"]
+    try:
+        read_header(path)
+        whole = file_sha256(path) == entry["sha256"]
+    except (FileNotFoundError, CorruptFileError) as error:
+        logger.warning("%s is made again: %s", weight.name, error)
+        return False
+    if not whole:
+        logger.warning("%s is made again: %s is damaged", weight.name, path)
+    return whole
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    manifest = read_json(path, kind=KIND, version=VERSION)
+    needed = {"shape", "rank", "dtype", "transposed", "fingerprint", "file", "sha256"}
+    weights = manifest.get("weights")
+    sound = (
+        isinstance(weights, dict)
+        and isinstance(manifest.get("settings"), dict)
+        and isinstance(manifest.get("complete"), bool)
+        # A file name other than the layer's own could lead out of the folder.
+        and all(
+            isinstance(e, dict) and needed <= e.keys() and e["file"] == f"{name}.safetensors"
+            and "/" not in name and "\\" not in name
+            for name, e in weights.items()
+        )
+    )  # fmt: skip
+    if not sound:
+        raise CorruptFileError(
+            f"{path} is damaged: it lacks settings, weights or one of {sorted(needed)}. "
+            "Delete the folder and run the decomposition again."
+        )
+    return manifest
+
+
+def _check_room(
+    folder: Path, pending: Sequence[Weight], rank: int | None, dtype: torch.dtype | None
+) -> None:
+    """Hours of work must not end at a full disk that could be foreseen."""
+    needed = 0
+    for w in pending:
+        r = w.rank if rank is None else min(rank, w.rank)
+        needed += r * sum(w.shape) * (_DTYPES[w.dtype] if dtype is None else dtype).itemsize
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise SaveError(
+            f"{folder} needs {needed / 2**30:.1f} GiB for {len(pending)} weights, "
+            f"{free / 2**30:.1f} GiB are free. Use another disk, a lower rank or dtype=bfloat16."
+        )
+
+
+def _with_bar(pending: Sequence[Weight], total: int, progress: bool) -> Iterator[Weight]:
+    """``pending`` with a bar whose time left follows the cost of the weights, not their number."""
+    done = total - len(pending)
+    with tqdm(
+        total=sum(w.cost for w in pending),
+        desc="decompose",
+        # None: silent unless stderr is a terminal.
+        disable=None if progress else True,
+        bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}",
+        # The first estimate counts: weights are few and long.
+        smoothing=0.1,
+    ) as bar:
+        for i, weight in enumerate(pending, start=done + 1):
+            bar.set_postfix_str(f"{i}/{total} {weight.name}")
+            yield weight
+            bar.update(weight.cost)
+
+
+def _plain(targets: Targets) -> str | list[str]:
+    """Something JSON can hold."""
+    return targets if isinstance(targets, str) else list(targets)
+
+
+def _dtype_name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
