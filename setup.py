@@ -47,7 +47,7 @@ def tool(name: str) -> str:
 
 
 def pybind11_include() -> str:
-    """pybind11's headers: the package, or else the copy that torch carries (not torch's own headers)."""
+    """pybind11's headers: the package, or else the copy that torch carries beside its own."""
     if importlib.util.find_spec("pybind11") is not None:
         import pybind11
 

@@ -60,7 +60,7 @@ void bind_cpu(py::module_& m) {
         arg("d_stride"), arg("slots"), arg("slot"), arg("base"), arg("scale"), arg("T"), arg("r"), arg("dtype"),
         arg("n_threads"), arg("isa"));
   m.def("backward_rows", &backward_rows, Unlocked(), arg("gu"), arg("gu_stride"), arg("h"), arg("h_stride"), arg("d"),
-        arg("d_stride"), arg("slot"), arg("base"), arg("scale"), arg("dd"), arg("slots"), arg("T"), arg("r"),
+        arg("d_stride"), arg("slots"), arg("slot"), arg("base"), arg("scale"), arg("dd"), arg("T"), arg("r"),
         arg("dtype"), arg("n_threads"), arg("isa"));
   m.def("dequantise", &dequantise, Unlocked(), arg("q"), arg("scale"), arg("scale_axis"), arg("out"), arg("rows"),
         arg("cols"), arg("dtype"), arg("n_threads"), arg("isa"));

@@ -1,0 +1,125 @@
+"""The CUDA kernels compile for sm_80 and sm_90a without spills and within the machine's limits.
+
+Needs nvcc, no GPU. The compiler's own report (-Xptxas -v) is the witness; registers and shared
+memory of every kernel are printed (pytest -s).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+KERNELS = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+ARCHS = ["80", "90a"]
+
+# A block may have 65,536 registers on both; 48 KiB is what needs no opt-in at launch.
+REGISTERS_PER_SM, MAX_REGISTERS, STATIC_SHARED_BYTES = 65536, 255, 48 * 1024
+
+pytestmark = [
+    pytest.mark.skipif(NVCC is None, reason="nvcc is not installed"),
+    pytest.mark.xdist_group("cuda_compile"),
+]
+
+REPORT = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\w+)'"
+    r".*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads"
+    r".*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+class Kernel(NamedTuple):
+    source: str
+    name: str
+    arch: str
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+    spill_bytes: int
+
+
+def parse(source: str, text: str) -> list[Kernel]:
+    kernels = []
+    for found in REPORT.finditer(text):
+        shared = re.search(r"(\d+) bytes smem", found["rest"])
+        spill = int(found["stores"]) + int(found["loads"])
+        kernels.append(
+            Kernel(
+                source,
+                found["name"],
+                found["arch"],
+                int(found["registers"]),
+                int(shared[1]) if shared else 0,
+                int(found["stack"]),
+                spill,
+            )
+        )
+    return kernels
+
+
+def compile_one(source: Path, folder: Path) -> list[Kernel]:
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+    output = str(folder / f"{source.stem}.o")
+    command = [str(NVCC), "-std=c++17", "-O3", *targets, "-Xptxas", "-v"]
+    command += ["-Werror", "all-warnings"]
+    done = subprocess.run([*command, "-c", str(source), "-o", output], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvcc refuses {source.name}:\n{done.stdout}{done.stderr}")
+    return parse(source.name, done.stdout + done.stderr)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
+    folder = tmp_path_factory.mktemp("nvcc")
+    with ThreadPoolExecutor(2) as pool:
+        reports = pool.map(lambda s: compile_one(s, folder), sorted(KERNELS.glob("*.cu")))
+        found = [kernel for report in reports for kernel in report]
+    print(f"\n{len(found)} kernels")
+    for source, arch in sorted({(k.source, k.arch) for k in found}):
+        group = [k for k in found if (k.source, k.arch) == (source, arch)]
+        registers = [k.registers for k in group]
+        print(
+            f"  {source:16} sm_{arch:4} {len(group):3} kernels, {min(registers)} to "
+            f"{max(registers)} registers, {max(k.shared_bytes for k in group)} bytes shared"
+        )
+    return found
+
+
+def test_every_dtype_has_its_kernels(kernels: list[Kernel]) -> None:
+    # x same as factors in three dtypes and int8 under each; two products; tiles of 1, 4 and 8
+    # tokens by vector and one for any alignment.
+    assert len(kernels) == 6 * 2 * 4 * len(ARCHS)
+
+
+def test_nothing_spills(kernels: list[Kernel]) -> None:
+    spilled = [k for k in kernels if k.spill_bytes or k.stack_bytes]
+    assert not spilled, spilled
+
+
+def test_limits(kernels: list[Kernel]) -> None:
+    for kernel in kernels:
+        assert kernel.registers <= MAX_REGISTERS, kernel
+        # __launch_bounds__(128, 2): two blocks of 128 threads fit one multiprocessor.
+        assert 2 * 128 * kernel.registers <= REGISTERS_PER_SM, kernel
+        assert kernel.shared_bytes <= STATIC_SHARED_BYTES, kernel
+
+
+@pytest.mark.parametrize("source", ["decode_fp32.cu", "decode_bf16.cu", "decode_fp16.cu"])
+def test_loads_are_16_bytes_wide(source: str, tmp_path: Path) -> None:
+    """In PTX: the aligned kernels load vectors of four 32-bit words."""
+    output = tmp_path / "kernel.ptx"
+    command = [str(NVCC), "-std=c++17", "-O3", "-arch=compute_80", "-ptx"]
+    subprocess.run([*command, str(KERNELS / source), "-o", str(output)], check=True)
+    entries = output.read_text().split(".entry ")[1:]
+    wide = [entry for entry in entries if re.search(r"ld\.global(\.nc)?\.v4\.", entry)]
+    assert len(wide) == 6, "two products, tiles of 1, 4 and 8 tokens"
+    assert not any(re.search(r"\batom\.|\bred\.", entry) for entry in entries), "no atomics"
