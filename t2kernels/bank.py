@@ -76,6 +76,7 @@ class ExpertBank:
         self._known(name)
         return self._experts[name]
 
+    @torch.inference_mode(mode=False)  # inference tensors could not be used with gradients
     def add(
         self, name: str, expert: Expert, *, overwrite: bool = False, allow_mismatch: bool = False
     ) -> None:

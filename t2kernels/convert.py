@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -107,14 +108,15 @@ def _report_tensors(model: nn.Module, report: ConversionReport) -> None:
             )
 
 
+@torch.inference_mode(mode=False)  # inference tensors could never be trained on
 def convert(
     model: nn.Module,
     targets: str | Iterable[str] = "all-linear",
     *,
     exclude: str | Iterable[str] | None = None,
     rank: int | None = None,
-    factors: str | Path | FactorStore | Mapping[str, Factors] | None = None,
-    quantize_factors: bool = False,
+    factors: str | None = None,
+    decomposition: str | Path | FactorStore | Mapping[str, Factors] | None = None,
     keep_weight: bool = True,
     parametrisation: str = "direct",
     precision: str = "fp32",
@@ -132,9 +134,10 @@ def convert(
             must match the whole name. Tied and output-head layers are left alone.
         exclude: suffixes or a regex of layers to leave alone.
         rank: keep k components per layer and use the delta form; None keeps all.
-        factors: a folder written by ``t2 decompose`` (or a FactorStore, or a mapping from layer
-            names to factors) instead of decomposing here; the base weight must be the same.
-        quantize_factors: hold U and V as int8 with a scale per column (weight-only).
+        factors: "int8" holds U and V as int8 with a scale per column (weight-only); None in the
+            weight's dtype.
+        decomposition: a folder written by ``t2 decompose`` (or a FactorStore, or a mapping from
+            layer names to factors) instead of decomposing here; the base weight must be the same.
         keep_weight: False drops every W. Saves memory; the base is then exact to rounding only.
         parametrisation: of the layers' own z: "direct" or "sigmoid-normalised".
         precision: of the decomposition, "fp32" or "fp64".
@@ -158,6 +161,11 @@ def convert(
         raise ValueError("model has SVF layers already. Call t2kernels.revert(model) first.")
     if rank is not None and (not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank must be a positive integer or None, got {rank!r}.")
+    if factors not in (None, "int8"):
+        raise ValueError(
+            f'factors must be "int8" or None, got {factors!r}. A folder of `t2 decompose` goes into '
+            "decomposition=."
+        )
     if rank is not None and not keep_weight:
         raise ValueError(
             "keep_weight=False needs the full rank: U_k·Σ_k·V_kᵀ is not W. Drop rank or keep_weight."
@@ -167,7 +175,7 @@ def convert(
     exclude = exclude if exclude is None or isinstance(exclude, str) else list(exclude)
     check_targets(linears, targets)
     if exclude is not None:
-        check_targets(linears, exclude, "exclude")
+        check_targets(linears, exclude)
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -190,13 +198,13 @@ def convert(
             "convert: no layer that the targets name can be converted:"
             + "".join(f"\n  {n}: {r}" for n, r in list(report.skipped.items())[:20])
         )
-    source = FactorStore(factors) if isinstance(factors, (str, Path)) else factors
+    source = FactorStore(decomposition) if isinstance(decomposition, (str, Path)) else decomposition
     layers: dict[str, SVFLinear] = {}
     bar = tqdm(chosen.items(), desc="decompose", unit="layer", disable=None if progress else True)
     for name, module in bar:
         bar.set_postfix_str(name)
         layers[name] = _make_layer(
-            name, module, source, rank, quantize_factors, keep_weight, parametrisation, precision,
+            name, module, source, rank, factors == "int8", keep_weight, parametrisation, precision,
             recompute,
         )  # fmt: skip
     # All decompositions are done: from here nothing can fail half-way.
@@ -234,7 +242,7 @@ def _make_layer(
         given = source.load(key, device=weight.device, dtype=weight.dtype)
     elif source is not None:
         if name not in source:
-            raise ValueError(f"convert: factors has no entry for layer {name!r}.")
+            raise ValueError(f"convert: decomposition has no entry for layer {name!r}.")
         given = source[name]
     if given is not None and k is not None and given.S.shape[0] > k:
         if isinstance(given, QuantizedFactors):

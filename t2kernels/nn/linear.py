@@ -98,6 +98,7 @@ class SVFLinear(nn.Module):
         self._route: tuple[Route, int, int] | None = None  # (route, layer index, arena offset)
 
     @classmethod
+    @torch.inference_mode(mode=False)  # inference tensors could never be trained on
     def from_linear(
         cls,
         linear: nn.Module,
@@ -151,9 +152,9 @@ class SVFLinear(nn.Module):
     # -- state ---------------------------------------------------------------------------------
 
     def _set_factors(self, factors: Factors) -> None:
-        check_factors(factors)
         U, Vh = layout(factors)
-        if U.dtype != torch.int8:
+        if isinstance(factors, SVDFactors):
+            check_factors(SVDFactors(U, factors.S, Vh.t()))
             U, Vh = U.to(self._dtype), Vh.to(self._dtype)
         self._U, self._Vh, self._S = U, Vh, factors.S.float()
         self._scale = factors.scale if isinstance(factors, QuantizedFactors) else None
@@ -166,7 +167,8 @@ class SVFLinear(nn.Module):
     def factors(self) -> Factors:
         """U (m, r), S (r,), V (n, r) as they are stored."""
         if self._column_scales is not None:
-            return QuantizedFactors(self._U, self._S, self._Vh.t(), *self._column_scales)
+            u_scale, v_scale = self._column_scales
+            return QuantizedFactors(self._U, self._S, self._Vh.t(), u_scale, v_scale, self._dtype)
         return SVDFactors(self._U, self._S, self._Vh.t())
 
     @property
@@ -344,11 +346,13 @@ class SVFLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SVFLinear:
         """Move the factors with the module; z and σ change device, never dtype."""
-        z, grad = self.z.detach(), self.z.grad
+        z = self._parameters.pop("z")  # out of reach of a cast
         super()._apply(fn, recurse)
-        if self.z.dtype != torch.float32:
-            self.z.data = z.to(self.z.device)
-            self.z.grad = None if grad is None else grad.to(self.z.device)
+        if z is not None:
+            grad, z.grad = z.grad, None
+            z.data = _keep_dtype(fn, z.data)
+            z.grad = None if grad is None else _keep_dtype(fn, grad)
+        self._parameters["z"] = z
         self._z_seen = None
         self._S = _keep_dtype(fn, self._S)
         if self._scale is not None:

@@ -11,7 +11,6 @@ import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -27,8 +26,15 @@ _MODULES = {
 BACKENDS = tuple(_MODULES)
 _loaded: dict[str, Any] = {}
 
-_forced: ContextVar[str | None] = ContextVar("t2kernels_backend", default=None)
-_invariant: ContextVar[bool] = ContextVar("t2kernels_batch_invariant", default=False)
+
+class _Switches:
+    """Of the process, like torch.set_num_threads. (A ContextVar would break torch.compile.)"""
+
+    backend: str | None = None
+    batch_invariant: bool = False
+
+
+_switches = _Switches()
 
 
 class Choice(NamedTuple):
@@ -56,11 +62,11 @@ def backend(name: str) -> Iterator[None]:
     ...     pass
     """
     load(name)
-    token = _forced.set(name)
+    before, _switches.backend = _switches.backend, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _switches.backend = before
 
 
 @contextmanager
@@ -74,21 +80,21 @@ def batch_invariant(enabled: bool = True) -> Iterator[None]:
     ...     is_batch_invariant()
     True
     """
-    token = _invariant.set(enabled)
+    before, _switches.batch_invariant = _switches.batch_invariant, enabled
     try:
         yield
     finally:
-        _invariant.reset(token)
+        _switches.batch_invariant = before
 
 
 def is_batch_invariant() -> bool:
     """Whether the caller is inside ``batch_invariant()``."""
-    return _invariant.get()
+    return _switches.batch_invariant
 
 
 def forced_backend() -> str | None:
     """The backend named by ``backend(...)`` or by the variable T2_BACKEND, if any."""
-    return _forced.get() or os.environ.get("T2_BACKEND") or None
+    return _switches.backend or os.environ.get("T2_BACKEND") or None
 
 
 def choose(

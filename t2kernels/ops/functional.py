@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..quantized import QuantizedFactors
 from ..svd import SVDFactors
@@ -49,6 +50,11 @@ def run(
     if not wants_grad and _plain_eager(x) and not torch.is_autocast_enabled(x.device.type):
         with torch.no_grad():  # in-place steps of a backend must not see a leaf that wants grad
             return product(x, U, Vh, d, base, slot, bias, scale, False, invariant)[0]
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "svf_linear has no forward-mode derivative (torch.func.jvp, dual tensors); its tangent "
+            "would silently be zero. Use reverse mode: backward, torch.autograd.grad."
+        )
     save_h = wants_dd and not recompute
     y, _ = torch.ops.t2kernels.svf_product(x, U, Vh, d, base, slot, bias, scale, save_h, invariant)
     return y

@@ -1,0 +1,186 @@
+"""convert and revert: what is replaced, what is left alone and why, and nothing half-done."""
+
+import pytest
+import torch
+from torch import nn
+
+import t2kernels as t2k
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.self_attn = nn.ModuleDict({n: nn.Linear(8, 8) for n in ("q_proj", "v_proj")})
+        self.mlp = nn.ModuleDict({"up_proj": nn.Linear(8, 16), "down_proj": nn.Linear(16, 8)})
+
+    def forward(self, x):
+        a = self.self_attn["v_proj"](x) * torch.sigmoid(self.self_attn["q_proj"](x))
+        return x + self.mlp["down_proj"](torch.relu(self.mlp["up_proj"](a)))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(11, 8)
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+        self.lm_head = nn.Linear(8, 11, bias=False)
+        self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, ids):
+        x = self.embed_tokens(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(x)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Model().eval()
+
+
+IDS = torch.arange(10).view(2, 5)
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [
+        ("all-linear", 8),
+        ("mlp", 4),
+        ("attention", 4),
+        ("q_proj", 2),
+        (["q_proj", "up_proj"], 4),
+        (["layers.1.mlp.up_proj"], 1),
+        (r"layers\.0\..*", 4),
+    ],
+)
+def test_targets(model, targets, count):
+    with torch.no_grad():
+        before = model(IDS)
+        report = t2k.convert(model, targets)
+        assert len(report.converted) == len(t2k.svf_layers(model)) == count
+        assert torch.equal(model(IDS), before)
+    assert report.trainable == 8 * count
+    assert "tied" in report.skipped["lm_head"]
+    assert f"{count} layers converted" in str(report)
+
+
+def test_exclude(model):
+    report = t2k.convert(model, "all-linear", exclude=["q_proj"])
+    assert len(report.converted) == 6
+
+
+def test_state_dict_has_the_bases_keys_and_one_fp32_z_per_layer(model):
+    before = dict(model.state_dict())
+    t2k.convert(model)
+    after = dict(model.state_dict())
+    assert {k for k in after if k not in before} == {f"{n}.z" for n in t2k.svf_layers(model)}
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert all(after[k].dtype == torch.float32 for k in after if k.endswith(".z"))
+
+
+def test_revert_gives_the_same_modules_back(model):
+    modules = dict(model.named_modules())
+    t2k.convert(model)
+    t2k.revert(model)
+    assert dict(model.named_modules()) == modules
+    assert not model._forward_pre_hooks
+    assert not hasattr(model, "_t2_route")
+    t2k.convert(model)  # and once more
+
+
+def test_trainable_turns_on_z_and_nothing_else(model):
+    t2k.convert(model, "mlp")
+    parameters = t2k.trainable(model)
+    assert len(parameters) == 4
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in parameters}
+    model(IDS).square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in parameters)
+
+
+def test_conversion_is_quiet_about_gradients(model):
+    t2k.convert(model)
+    assert not any(layer.z.requires_grad for layer in t2k.svf_layers(model).values())
+
+
+def test_failure_in_the_middle_changes_nothing(model):
+    with torch.no_grad():
+        model.layers[1].mlp["down_proj"].weight[0, 0] = float("nan")
+    modules = dict(model.named_modules())
+    with pytest.raises(ValueError, match="inf or NaN"):
+        t2k.convert(model)
+    assert dict(model.named_modules()) == modules
+    assert not model._forward_pre_hooks
+
+
+def test_expert_tensors_are_reported_by_name(model):
+    model.layers[0].experts = nn.ParameterDict({"gate_up": nn.Parameter(torch.randn(4, 8, 16))})
+    report = t2k.convert(model)
+    assert "expert tensor (4, 8, 16)" in report.skipped["layers.0.experts.gate_up"]
+
+
+def test_given_factors_are_used_and_checked(model):
+    factors = {
+        n: t2k.decompose(m.weight.detach())
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and n != "lm_head"
+    }
+    t2k.convert(model, "mlp", decomposition=factors, rank=4)
+    assert all(layer.rank == 4 for layer in t2k.svf_layers(model).values())
+    t2k.revert(model)
+    del factors["layers.1.mlp.up_proj"]
+    with pytest.raises(ValueError, match=r"no entry for layer 'layers.1.mlp.up_proj'"):
+        t2k.convert(model, "mlp", decomposition=factors)
+
+
+def test_int8_factors(model):
+    t2k.convert(model, "mlp", factors="int8")
+    layer = model.layers[0].mlp["up_proj"]
+    assert isinstance(layer.factors, t2k.QuantizedFactors)
+    bank = t2k.ExpertBank(model)
+    bank.add("a", t2k.Expert({n: torch.full((8,), 1.0) for n in bank.layers}))
+    with torch.no_grad():
+        base = model(IDS)
+        with bank.use("a"):
+            torch.testing.assert_close(model(IDS), base, atol=0.05, rtol=0.05)
+
+
+def test_inference_mode_conversion_can_be_trained_later(model):
+    with torch.inference_mode():
+        t2k.convert(model)
+        bank = t2k.ExpertBank(model)
+        bank.add("a", t2k.Expert({n: torch.rand(8) for n in bank.layers}))
+        with bank.use("a"):
+            model(IDS)
+    with bank.use("a"):
+        model(IDS)
+    t2k.trainable(model)
+    model(IDS).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": "mpl"}, "Did you mean.*mlp"),
+        ({"targets": ["q_porj"]}, "Did you mean.*q_proj"),
+        ({"targets": ["lm_head"]}, "tied"),
+        ({"rank": 0}, "rank must be a positive integer"),
+        ({"rank": 4, "keep_weight": False}, "keep_weight=False needs the full rank"),
+        ({"parametrisation": "sigmoid"}, "parametrisation must be"),
+        ({"precision": "fp16"}, "precision"),
+        ({"factors": "folder"}, "goes into decomposition="),
+    ],
+)
+def test_bad_options_are_named(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        t2k.convert(model, **options)
+    assert not t2k.svf_layers(model)
+
+
+def test_converting_twice_is_named(model):
+    t2k.convert(model)
+    with pytest.raises(ValueError, match=r"t2kernels.revert\(model\)"):
+        t2k.convert(model)
+    t2k.revert(model)
+    with pytest.raises(ValueError, match="no SVF layers"):
+        t2k.revert(model)

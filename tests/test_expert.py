@@ -1,0 +1,188 @@
+"""Experts: files, algebra, fit."""
+
+import errno
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import t2kernels as t2k
+from t2kernels import files
+
+
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    t2k.convert(model)
+    return model
+
+
+def random_expert(model, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    layers = t2k.svf_layers(model)
+    return t2k.Expert(
+        {n: 1 + torch.randn(layer.rank, generator=gen) for n, layer in layers.items()},
+        {n: layer.fingerprint for n, layer in layers.items()},
+    )
+
+
+def test_a_file_holds_everything(tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model[0].z.mul_(1.5)
+    expert = t2k.Expert.from_model(model, description="adds", metadata={"reward": [1, -1]})
+    expert.base_model = "tiny"
+    expert.save(tmp_path / "a.safetensors")
+    again = t2k.Expert.load(tmp_path / "a.safetensors")
+    assert again.z.keys() == expert.z.keys()
+    assert all(torch.equal(again.z[n], expert.z[n]) for n in expert.z)
+    assert (again.fingerprints, again.base_model) == (expert.fingerprints, "tiny")
+    assert (again.description, again.metadata) == ("adds", {"reward": [1, -1]})
+
+
+@pytest.mark.parametrize("parametrisation", ["direct", "sigmoid-normalised"])
+def test_apply_to_and_from_model_are_inverse(parametrisation):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5))
+    t2k.convert(model, parametrisation=parametrisation)
+    S = model[0].factors.S
+    z = torch.rand(5) + 0.5
+    z = z * S.sum() / (S * z).sum()  # what sigmoid-normalised can express
+    t2k.Expert({"0": z}).apply_to(model)
+    torch.testing.assert_close(t2k.Expert.from_model(model).z["0"], z)
+
+
+def test_apply_to_refuses_what_a_sigmoid_cannot_be():
+    model = nn.Sequential(nn.Linear(3, 3))
+    t2k.convert(model, parametrisation="sigmoid-normalised")
+    with pytest.raises(ValueError, match="≤ 0"):
+        t2k.Expert({"0": torch.tensor([1.0, -1.0, 1.0])}).apply_to(model)
+
+
+def test_algebra_is_the_mixture():
+    model = make_model()
+    a, b = random_expert(model, 1), random_expert(model, 2)
+    both = 0.7 * a + b * 0.3
+    bank = t2k.ExpertBank(model)
+    for name, expert in (("a", a), ("b", b), ("both", both)):
+        bank.add(name, expert)
+    x = torch.randn(2, 3, 6)
+    with torch.no_grad():
+        with bank.use("both"):
+            one = model(x)
+        with bank.use({"a": 0.7, "b": 0.3}):
+            torch.testing.assert_close(model(x), one)
+    for name in a.z:
+        torch.testing.assert_close((a - a).z[name], torch.ones_like(a.z[name]))
+
+
+def test_algebra_refuses_other_base_weights():
+    a, b = random_expert(make_model(0)), random_expert(make_model(1))
+    with pytest.raises(ValueError, match="different base weights"):
+        a + b
+    with pytest.raises(TypeError):
+        a * "0.5"
+
+
+def test_an_expert_of_another_base_weight_needs_an_override():
+    bank = t2k.ExpertBank(make_model(1))
+    expert = random_expert(make_model(0))
+    with pytest.raises(ValueError, match=r"another base weight.*allow_mismatch=True"):
+        bank.add("a", expert)
+    bank.add("a", expert, allow_mismatch=True)
+
+
+def test_an_expert_of_another_model_or_rank_is_refused():
+    model = make_model()
+    bank = t2k.ExpertBank(model)
+    with pytest.raises(ValueError, match="first 'decoder'.*another model"):
+        bank.add("a", t2k.Expert({"decoder": torch.ones(3)}))
+    with pytest.raises(ValueError, match="9 values for layer '0', which has rank 5"):
+        bank.add("a", t2k.Expert({"0": torch.ones(9)}), allow_mismatch=True)
+    with pytest.raises(ValueError, match="3 values for layer '0'"):
+        bank.add("a", t2k.Expert({"0": torch.ones(3)}))
+
+
+def test_an_expert_of_k_components_fits_the_full_rank():
+    model = make_model()
+    z = torch.tensor([2.0, 0.5])
+    expert = t2k.Expert({"0": z}, {"0": model[0].fingerprint})
+    bank = t2k.ExpertBank(model)
+    bank.add("top", expert)
+    f, x = model[0].factors, torch.randn(3, 1, 6)
+    W = model[0].weight + f.U[:, :2] @ torch.diag(f.S[:2] * (z - 1)) @ f.V[:, :2].T
+    with torch.no_grad(), bank.use("top"):
+        torch.testing.assert_close(model[0](x), x @ W.T + model[0].bias)
+
+
+@pytest.mark.parametrize(
+    "bad", [{}, {"a": torch.ones(2, 2)}, {"a": torch.ones(2).int()}, {"a": [1]}]
+)
+def test_bad_z_is_refused(bad):
+    with pytest.raises(ValueError, match="z"):
+        t2k.Expert(bad)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_expert_is_refused(value):
+    with pytest.raises(ValueError, match="finite"):
+        t2k.Expert({"a": torch.tensor([1.0, value])})
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", "a\\b", "..", "/etc/passwd", "x\0"])
+def test_names_cannot_leave_the_folder(name):
+    model = make_model()
+    bank = t2k.ExpertBank(model)
+    with pytest.raises(ValueError, match="expert name"):
+        bank.add(name, random_expert(model))
+    with pytest.raises(ValueError, match="layer name"):
+        t2k.Expert({name: torch.ones(2)})
+
+
+def test_damaged_files_say_so(tmp_path):
+    path = tmp_path / "a.safetensors"
+    t2k.Expert({"up": torch.rand(100)}).save(path)
+    whole = path.read_bytes()
+    for cut in (0, 4, 50, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(t2k.CorruptFileError, match="a.safetensors"):
+            t2k.Expert.load(path)
+    path.write_bytes(b"\x80\x04pickle" + bytes(100))
+    with pytest.raises(t2k.CorruptFileError):
+        t2k.Expert.load(path)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        t2k.Expert.load(tmp_path / "missing.safetensors")
+    files.save_tensors(path, {"up": torch.ones(2)}, {"kind": "expert", "version": 1})
+    with pytest.raises(t2k.CorruptFileError, match="not a whole expert"):
+        t2k.Expert.load(path)
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    t2k.Expert({"up": torch.ones(2)}).save(path)
+    before = path.read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(t2k.SaveError, match="No space left"):
+        t2k.Expert({"up": torch.zeros(2)}).save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_bank_saves_and_loads_a_folder(tmp_path):
+    model = make_model()
+    bank = t2k.ExpertBank(model)
+    bank.add("math", random_expert(model, 1))
+    bank.add("code", random_expert(model, 2))
+    bank.save(tmp_path / "experts")
+    again = t2k.ExpertBank(model)
+    assert again.load(tmp_path / "experts") == ["code", "math"]
+    assert all(torch.equal(again["math"].z[n], bank["math"].z[n]) for n in bank.layers)
+    assert not list((tmp_path / "experts").glob("*.json"))
+    assert json.loads(json.dumps(again.names)) == ["code", "math"]
+    with pytest.raises(FileNotFoundError):
+        again.load(tmp_path / "nothing")
