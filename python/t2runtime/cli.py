@@ -1,0 +1,133 @@
+"""The command line: parsing only. Each command lives in `t2runtime.commands` and returns a plain
+dictionary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from t2runtime.parser import Parser
+
+_TARGETS = "all-linear, mlp, attention, names with commas, or a regex"
+USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError)
+
+
+def _add(commands: Any, name: str, text: str) -> Parser:
+    parser: Parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", help="'small' (comes with the package), a local folder, or a hub name"
+    )
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument("--targets", default="all-linear", help=_TARGETS)
+    parser.add_argument("--factors", metavar="DIR", help="use the folder that `t2 decompose` made")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = Parser(
+        prog="t2", description="Self-adaptive language models by singular-value fine-tuning."
+    )
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=Parser
+    )
+
+    _add(commands, "env", "versions, processors, backends and why one is unavailable")
+
+    p = _add(
+        commands,
+        "decompose",
+        "decompose a safetensors checkpoint into a factor store; resumes after a kill",
+    )
+    p.add_argument("checkpoint", help="a safetensors file or a folder of them")
+    p.add_argument("--out", required=True, help="folder of the factor store")
+    p.add_argument("--targets", default="all-linear", help=_TARGETS)
+    p.add_argument("--rank", type=int, help="keep this many components (delta form)")
+    p.add_argument("--device", default="auto", help="where to decompose: auto, cpu, cuda")
+    p.add_argument("--overwrite", action="store_true", help="start anew instead of going on")
+    p.add_argument(
+        "--float64", action="store_true", help="factors accurate to 1e-7 instead of 5e-6"
+    )
+
+    p = _add(commands, "train", "train an expert by REINFORCE with KL")
+    _model_options(p)
+    p.add_argument(
+        "--task", required=True, help="a generated task (add, reverse, ...) or a .jsonl file"
+    )
+    p.add_argument("--out", required=True, help="expert file to write (.safetensors)")
+    p.add_argument("--steps", type=int, default=60)
+    p.add_argument("--prompts", type=int, default=32, help="prompts per step")
+    p.add_argument("--samples", type=int, default=8, help="completions per prompt")
+    p.add_argument("--max-new-tokens", type=int, default=8)
+    p.add_argument("--lr", type=float, default=2e-2)
+    p.add_argument("--kl", type=float, default=0.02, help="weight of KL(expert || base)")
+    p.add_argument("--temperature", type=float, default=1.0)
+    p.add_argument("--baseline", choices=("leave-one-out", "none"), default="leave-one-out")
+    p.add_argument("--rollout", choices=("merged", "factorised"), default="merged")
+    p.add_argument("--extract", choices=("text", "number", "choice"), default="text")
+    p.add_argument("--rank", type=int, help="train only this many components")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--run", help="folder for config.json and metrics.jsonl (default: beside --out)")
+
+    p = _add(commands, "generate", "answer prompts under a mixture of experts, or in two passes")
+    _model_options(p)
+    p.add_argument("--expert", action="append", default=[], metavar="FILE[=WEIGHT]")
+    p.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    p.add_argument("--max-new-tokens", type=int, default=64)
+    p.add_argument(
+        "--two-pass", action="store_true", help="let the model choose one of the experts per prompt"
+    )
+    p.add_argument("--classifier", metavar="FILE", help="expert under which pass 1 runs")
+
+    p = _add(commands, "inspect", "what an expert file or a factor store holds")
+    p.add_argument("file")
+
+    p = _add(commands, "bench", "a quick benchmark of one layer against plain torch")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--size", type=int, default=2048, help="in and out features")
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+
+    p = _add(commands, "demo", "train experts, answer in two passes, measure gains and costs")
+    p.add_argument("--model", help="serve this causal model instead of the small one")
+    p.add_argument(
+        "--expert",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="with --model; default: random",
+    )
+    p.add_argument("--out", default="out/demo", help="folder for the plot and the results")
+    p.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 if it went well, 1 if it failed, 2 for a mistake of the user."""
+    args = build_parser().parse_args(argv)
+    try:
+        command = importlib.import_module(f"t2runtime.commands.{args.command}")
+        result: dict[str, Any] = command.run(args)
+        print(json.dumps(result, indent=1) if args.json else command.show(result))
+        return int(result.get("exit_code", 0))
+    except KeyboardInterrupt:
+        print("t2: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except (*USER_ERRORS, RuntimeError) as error:
+        if os.environ.get("T2_DEBUG"):
+            raise
+        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        print(f"t2 {args.command}: error: {' '.join(text.split())}", file=sys.stderr)
+        return 2 if isinstance(error, USER_ERRORS) else 1

@@ -1,0 +1,85 @@
+"""`t2 train MODEL --task T --out EXPERT`: one expert by REINFORCE with KL."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import t2kernels as t2k
+from t2runtime.evaluate import evaluate
+from t2runtime.loading import load
+from t2runtime.rewards import EXTRACTORS
+from t2runtime.sources import source
+from t2runtime.train import Config, train
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Train, measure base and expert on the test split, save the expert with its facts."""
+    out = Path(args.out)
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out must end in .safetensors, got {args.out!r}")
+    given = {
+        f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)
+    }
+    cfg = Config(**given)
+    problems = source(args.task)
+    model, tokenizer = load(args.model, args.dtype, args.device)
+    t2k.convert(model, targets=targets(args.targets), rank=args.rank, factors=args.factors)
+    folder = Path(args.run) if args.run else out.with_suffix("")
+    expert = train(model, tokenizer, problems, cfg, folder, _progress)
+
+    test = problems(256, "test", cfg.seed)
+    extract = EXTRACTORS[cfg.extract]
+    base = evaluate(model, tokenizer, test, cfg.max_new_tokens, extract=extract)
+    bank = t2k.ExpertBank(model)
+    bank.add("expert", expert)
+    with bank.use("expert"):
+        trained = evaluate(model, tokenizer, test, cfg.max_new_tokens, extract=extract)
+    expert.description = f"{args.task} on {args.model}"
+    expert.metadata = {
+        "task": args.task,
+        "config": dataclasses.asdict(cfg),
+        "accuracy": trained.accuracy,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    expert.save(out)
+    return {
+        "expert": str(out),
+        "run": str(folder),
+        "base": {"accuracy": base.accuracy, "interval": base.interval},
+        "trained": {"accuracy": trained.accuracy, "interval": trained.interval},
+        "problems": base.total,
+    }
+
+
+def targets(text: str) -> str | list[str]:
+    """`a,b` names several layers; anything else goes through as it is.
+
+    >>> targets("q_proj,v_proj")
+    ['q_proj', 'v_proj']
+    """
+    return text.split(",") if "," in text and not set(text) & set("([{|\\") else text
+
+
+def show(result: dict[str, Any]) -> str:
+    """Base against expert."""
+    lines = [f"accuracy on {result['problems']} held-out problems, with 95 % intervals:"]
+    for name in ("base", "trained"):
+        low, high = result[name]["interval"]
+        lines.append(
+            f"  {name:8s}{100 * result[name]['accuracy']:6.1f} %"
+            f"  [{100 * low:.1f}, {100 * high:.1f}]"
+        )
+    return "\n".join([*lines, f"expert in {result['expert']}, metrics in {result['run']}"])
+
+
+def _progress(line: dict[str, Any]) -> None:
+    if "validation" in line:
+        print(
+            f"step {line['step']:4d}  sampled {line['sampled_accuracy']:.3f}  "
+            f"validation {line['validation']:.3f}  KL {line['kl']:.3f}",
+            file=sys.stderr,
+        )

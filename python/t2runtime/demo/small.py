@@ -1,0 +1,201 @@
+"""The demo on the small model: train, dispatch, answer a mixed batch in two passes, measure,
+judge.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import t2kernels as t2k
+from t2runtime import tasks
+from t2runtime.adapt.classifier import train_classifier
+from t2runtime.adapt.fewshot import search, without_shots
+from t2runtime.adapt.prompt import SMALL, name_categories
+from t2runtime.demo import cost
+from t2runtime.engine import Mixture, TwoPass
+from t2runtime.evaluate import Score, evaluate
+from t2runtime.loading import load
+from t2runtime.tasks import Problem
+from t2runtime.train import Config, train
+
+#: The skills that the demo trains experts for; questions of the others go to the base.
+SKILLS = ("add", "reverse", "order")
+CLASSIFIER = "classifier"
+NEW_TOKENS = 8
+TEST_PROBLEMS, SHOTS = 400, 8
+Say = Callable[[str], None]
+
+
+def run(out: Path, seed: int, say: Say) -> dict[str, Any]:
+    """Everything in order; returns results.json's content. Raises nothing when a skill gains too
+    little.
+    """
+    start = time.perf_counter()
+    model, tokenizer = load("small")
+    report = t2k.convert(model, progress=False)
+    say(
+        f"small model: {len(report.converted)} layers converted, "
+        f"{report.trainable:,} singular values"
+    )
+    bank = t2k.ExpertBank(model)
+    tests = {name: tasks.problems(name, TEST_PROBLEMS, "test", seed) for name in tasks.CATEGORIES}
+    score = partial(evaluate, model, tokenizer, max_new_tokens=NEW_TOKENS)
+    base = {name: score(problems=problems) for name, problems in tests.items()}
+
+    curves: dict[str, list[float]] = {}
+    seconds: dict[str, float] = {}
+    for name in (*SKILLS, CLASSIFIER):
+        began, curves[name] = time.perf_counter(), []
+        expert = _train(model, tokenizer, name, seed, out, curves[name])
+        seconds[name] = time.perf_counter() - began
+        bank.add(name, expert)
+        expert.save(out / "experts" / f"{name}.safetensors")
+        say(
+            f"trained {name:11s} in {seconds[name]:5.1f} s, sampled accuracy "
+            f"{curves[name][0]:.2f} -> {curves[name][-1]:.2f}"
+        )
+
+    say(f"\ngreedy accuracy on {TEST_PROBLEMS} held-out problems (rows: weights, columns: skill)")
+    table = {"base": base}
+    for name in SKILLS:
+        with cost.merged(bank, name):
+            table[name] = {skill: score(problems=problems) for skill, problems in tests.items()}
+    for row, scores in table.items():
+        say(
+            f"  {row:8s}"
+            + "".join(f"  {skill} {100 * s.accuracy:5.1f}" for skill, s in scores.items())
+        )
+    skills = {name: _gain(base[name], table[name][name]) for name in SKILLS}
+    for name, skill in skills.items():
+        verdict = "ok" if skill["passed"] else "TOO LITTLE"
+        say(
+            f"  {name:8s} base {base[name]}   expert {table[name][name]}   "
+            f"gain {skill['gain']:+.1f} points: {verdict}"
+        )
+
+    found = _few_shot(model, tokenizer, bank, seed, tests, score, say)
+    mixtures: dict[str, Mixture] = {name: found[name]["mixture"] for name in SKILLS}
+    mixtures.update({name: None for name in tasks.SKILLS if name not in SKILLS})
+    engine = TwoPass(model, tokenizer, bank, SMALL, CLASSIFIER, mixtures)
+    batch = [tests[name][0] for name in tasks.CATEGORIES]
+    results: dict[str, Any] = {
+        "skills": skills,
+        "table": {
+            row: {skill: s.accuracy for skill, s in scores.items()} for row, scores in table.items()
+        },
+        "dispatch": _dispatch(model, tokenizer, bank, tests, say) | {"few-shot": found},
+        "mixed_batch": _answer(engine, batch, say),
+        "cost": cost.tokens_per_second(
+            model, tokenizer, bank, [p.prompt for t in tests.values() for p in t[:11]]
+        ),
+        "training_seconds": seconds,
+        "curves": curves,
+    }
+    say("\ncost, generated tokens per second with 66 requests")
+    for form, rate in results["cost"].items():
+        say(f"  {form:36s}{rate:9.0f}")
+    results["passed"] = all(skill["passed"] for skill in skills.values())
+    results["seconds"] = time.perf_counter() - start
+    return results
+
+
+def _train(model: Any, tokenizer: Any, name: str, seed: int, out: Path, curve: list[float]) -> Any:
+    """One expert, or the classification expert; its sampled accuracy is appended to `curve`."""
+    (out / "experts").mkdir(parents=True, exist_ok=True)
+    log = lambda line: curve.append(line["sampled_accuracy"])  # noqa: E731
+    folder = out / "experts" / name
+    if name == CLASSIFIER:
+        sources = {skill: partial(tasks.problems, skill) for skill in tasks.CATEGORIES}
+        cfg = Config(steps=30, max_new_tokens=NEW_TOKENS, seed=seed, validate_every=10)
+        return train_classifier(model, tokenizer, sources, SMALL, cfg, folder, log)
+    cfg = Config(steps=60, max_new_tokens=NEW_TOKENS, seed=seed, validate_every=20)
+    return train(model, tokenizer, partial(tasks.problems, name), cfg, folder, log)
+
+
+def _gain(base: Score, expert: Score) -> dict[str, Any]:
+    """Base against expert as plain numbers, with the verdict."""
+    both = {"base": base, "expert": expert}
+    return {
+        **{
+            k: {"accuracy": s.accuracy, "interval": s.interval, "problems": s.total}
+            for k, s in both.items()
+        },
+        "gain": 100 * (expert.accuracy - base.accuracy),
+        "passed": expert.gains_over(base),
+    }
+
+
+def _dispatch(
+    model: Any, tokenizer: Any, bank: Any, tests: dict[str, list[Problem]], say: Say
+) -> dict[str, Any]:
+    """Share of held-out questions whose category pass 1 names rightly: asked of the base, then of
+    the expert.
+    """
+    say("\npass 1: share of held-out questions whose category is named rightly")
+    result: dict[str, Any] = {}
+    for way, under in (("prompt", None), (CLASSIFIER, CLASSIFIER)):
+        right: dict[str, float] = {}
+        for name, problems in tests.items():
+            questions = [problem.prompt for problem in problems[:200]]
+            named = name_categories(model, tokenizer, bank, SMALL, questions, under)
+            right[name] = sum(answer == name for answer in named) / len(named)
+        result[way] = {"accuracy": sum(right.values()) / len(right), "by_category": right}
+        each = "  ".join(f"{name} {100 * share:5.1f}" for name, share in right.items())
+        say(f"  {way:11s}{100 * result[way]['accuracy']:5.1f} %   {each}")
+    return result
+
+
+def _few_shot(
+    model: Any, tokenizer: Any, bank: Any, seed: int, tests: dict[str, list[Problem]],
+    score: Callable[..., Score], say: Say,
+) -> dict[str, Any]:  # fmt: skip
+    """For each skill, the mixture that the cross-entropy method finds from a few labelled
+    prompts.
+    """
+    say(f"\nfew-shot: mixtures found from {SHOTS} labelled prompts, accuracy without them")
+    result: dict[str, Any] = {}
+    for name in SKILLS:
+        shots = tasks.problems(name, SHOTS, "validation", seed)
+        found = search(
+            model, tokenizer, bank, SKILLS, shots, NEW_TOKENS,
+            population=24, elites=5, generations=4, seed=seed,
+        )  # fmt: skip
+        mixture = {
+            expert: round(weight, 2) for expert, weight in found.mixture.items() if weight >= 0.005
+        }
+        with bank.use(mixture):
+            reached = score(problems=without_shots(tests[name], shots))
+        result[name] = {
+            "mixture": mixture,
+            "accuracy": reached.accuracy,
+            "interval": reached.interval,
+        }
+        say(f"  {name:8s}{reached}   {mixture}")
+    return result
+
+
+def _answer(engine: TwoPass, batch: list[Problem], say: Say) -> list[dict[str, Any]]:
+    """The mixed batch: one question of each category, each with its own mixture."""
+    outputs = engine.generate([problem.prompt for problem in batch], NEW_TOKENS)
+    say(
+        f"\none mixed batch in two passes "
+        f"({outputs[0].pass1_seconds:.2f} s + {outputs[0].pass2_seconds:.2f} s)"
+    )
+    rows = []
+    for problem, output in zip(batch, outputs, strict=True):
+        right = output.text == problem.answer
+        say(
+            f"  {problem.prompt:20s} -> {output.text:8s}{'right' if right else 'wrong'}   "
+            f"{output.category:8s}{output.mixture or 'base'}"
+        )
+        rows.append({
+            "prompt": problem.prompt, "answer": problem.answer, "text": output.text, "right": right,
+            "category": output.category, "true_category": problem.category,
+            "mixture": output.mixture,
+            "pass1_seconds": output.pass1_seconds, "pass2_seconds": output.pass2_seconds,
+        })  # fmt: skip
+    return rows

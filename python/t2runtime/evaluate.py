@@ -1,0 +1,75 @@
+"""Greedy accuracy with its uncertainty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from t2runtime import rewards
+from t2runtime.generation import complete
+from t2runtime.tasks import Problem
+
+
+def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share; unlike the plain one it stays sensible near 0 and 1.
+
+    >>> [round(bound, 3) for bound in wilson(8, 10)]
+    [0.49, 0.943]
+    """
+    if total < 1 or not 0 <= right <= total:
+        raise ValueError(f"wilson: need 0 <= right <= total and total >= 1, got {right} of {total}")
+    share = right / total
+    scale = 1 + z * z / total
+    centre = (share + z * z / (2 * total)) / scale
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / scale
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Right answers of a number of problems."""
+
+    right: int
+    total: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return self.right / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval."""
+        return wilson(self.right, self.total)
+
+    def gains_over(self, base: Score, points: float = 15.0) -> bool:
+        """At least `points` percentage points better, and the two intervals do not touch."""
+        apart = self.interval[0] > base.interval[1]
+        return apart and 100 * (self.accuracy - base.accuracy) >= points
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.accuracy:5.1f} % [{100 * low:5.1f}, {100 * high:5.1f}]"
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    max_new_tokens: int,
+    *,
+    extract: rewards.Extract = rewards.text,
+    rows: int = 256,
+) -> Score:
+    """Greedy accuracy under whatever weights or mixture are in force around the call."""
+    right = 0
+    for start in range(0, len(problems), rows):
+        part = problems[start : start + rows]
+        texts = complete(model, tokenizer, [p.prompt for p in part], max_new_tokens).texts
+        right += sum(
+            rewards.is_correct(text, problem.answer, extract)
+            for text, problem in zip(texts, part, strict=True)
+        )
+    return Score(right, len(problems))

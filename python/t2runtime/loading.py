@@ -1,0 +1,50 @@
+"""A Hugging Face causal model and its tokenizer: the small one of the package by name, a local
+folder, or the hub.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: Where the model that comes with the package lies; its card is the README.md beside the weights.
+SMALL_MODEL = Path(__file__).parent / "models" / "small"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer). "small" is the packaged model.
+
+    dtype "auto" means fp32 on a CPU and the checkpoint's own elsewhere; device "auto" the GPU if
+    there is one.
+    """
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+    except ImportError as error:
+        raise ImportError(
+            f"models need transformers: pip install 't2kernels[hf]' ({error})"
+        ) from error
+    path = SMALL_MODEL if name == "small" else Path(name).expanduser()
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+        raise ValueError(
+            f"MODEL must be 'small', a folder, or owner/name on the hub; {name!r} is none of these"
+        )
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ValueError(
+            f"MODEL folder {name!r} holds no config.json; is it a Hugging Face checkpoint?"
+        )
+    where = str(path) if path.exists() else name
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = DTYPES.get(dtype, torch.float32 if device == "cpu" else "auto")
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(where)
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=chosen).to(device).eval()
+    return model, tokenizer

@@ -1,0 +1,48 @@
+"""Tasks: generated ones for the small model, and questions from a JSON-lines file for any other
+model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import random
+
+from t2runtime.tasks import addition, category, counting, maximum, ordering, other, reversal
+from t2runtime.tasks.base import SPLITS, Problem, Split, Task, split_of
+
+SKILLS: dict[str, Task] = {
+    module.TASK.name: module.TASK for module in (addition, reversal, maximum, ordering, counting)
+}
+OTHER = other.TASK
+#: Everything that pass 1 may name.
+CATEGORIES: tuple[str, ...] = (*SKILLS, OTHER.name)
+
+
+def problems(name: str, count: int, split: Split, seed: int = 0) -> list[Problem]:
+    """`count` problems of a generated task ("category" and "other" included), the same for the
+    same seed.
+    """
+    if name == category.NAME:
+        rng = random.Random(f"{name}/{split}/{seed}")
+        return [category.problem([*SKILLS.values(), OTHER], rng, split) for _ in range(count)]
+    known = {**SKILLS, OTHER.name: OTHER}
+    if name not in known:
+        names = [*known, category.NAME]
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"task must be one of {', '.join(names)}, got {name!r}.{hint}")
+    return known[name].problems(count, split, seed)
+
+
+__all__ = [
+    "CATEGORIES",
+    "OTHER",
+    "SKILLS",
+    "SPLITS",
+    "Problem",
+    "Split",
+    "Task",
+    "category",
+    "problems",
+    "split_of",
+]

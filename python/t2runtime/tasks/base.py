@@ -1,0 +1,76 @@
+"""What a generated task is: a question, the right procedure, and two procedures that compete with
+it.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with its right answer; `category` is the name of the expert that should
+    answer.
+    """
+
+    prompt: str
+    answer: str
+    category: str
+
+
+def split_of(data: str) -> Split:
+    """The split that a question's data belong to, the same in every run: 80 / 10 / 10 by checksum.
+
+    The base model, the experts and the classifier see training data only, whatever the phrasing.
+
+    >>> split_of("37+48")
+    'train'
+    """
+    bucket = zlib.crc32(data.encode()) % 10
+    return "test" if bucket == 0 else "validation" if bucket == 1 else "train"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A generated task.
+
+    `draw` makes the data of one question; `right` answers it; the two `shortcuts` answer it wrongly
+    but systematically, the first more often than the second (only the base model's text uses them).
+    The data stand last in every phrasing, just before "=", so that a phrasing moves no digit.
+    """
+
+    name: str
+    phrasings: tuple[str, ...]
+    draw: Callable[[random.Random], str]
+    right: Callable[[str], str]
+    shortcuts: tuple[Callable[[str], str], ...] = ()
+
+    def data(self, rng: random.Random, split: Split) -> str:
+        """Data of one question of `split`."""
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        while True:
+            data = self.draw(rng)
+            if split_of(data) == split:
+                return data
+
+    def prompt(self, rng: random.Random, data: str) -> str:
+        """One of the phrasings around the data."""
+        return rng.choice(self.phrasings) + data + "="
+
+    def problem(self, rng: random.Random, split: Split) -> Problem:
+        """One question of `split` with its right answer."""
+        data = self.data(rng, split)
+        return Problem(self.prompt(rng, data), self.right(data), self.name)
+
+    def problems(self, count: int, split: Split, seed: int) -> list[Problem]:
+        """`count` questions of `split`, the same for the same seed."""
+        rng = random.Random(f"{self.name}/{split}/{seed}")
+        return [self.problem(rng, split) for _ in range(count)]

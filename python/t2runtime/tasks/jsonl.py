@@ -1,0 +1,49 @@
+"""Questions from a JSON-lines file, one object with "prompt" and "answer" per line, as a source
+for training.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from t2runtime.tasks.base import SPLITS, Problem, Split, split_of
+
+
+class JsonLines:
+    """Callable as (count, split, seed) -> problems. Lines are split 80 / 10 / 10 by the checksum
+    of the prompt.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.stem
+        self._splits: dict[Split, list[Problem]] = {split: [] for split in SPLITS}
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if line.strip():
+                problem = self._read(line, f"{path}, line {number}")
+                self._splits[split_of(problem.prompt)].append(problem)
+
+    def _read(self, line: str, where: str) -> Problem:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{where}: expected one JSON object, got {line[:40]!r} ({error})"
+            ) from None
+        if not isinstance(row, dict) or not all(
+            isinstance(row.get(key), str) for key in ("prompt", "answer")
+        ):
+            raise ValueError(
+                f'{where}: expected {{"prompt": text, "answer": text}}, got {line[:60]!r}'
+            )
+        return Problem(row["prompt"], row["answer"], self.name)
+
+    def __call__(self, count: int, split: Split, seed: int) -> list[Problem]:
+        """`count` problems; for training drawn anew per seed, else the first ones of the split."""
+        pool = self._splits[split]
+        if not pool:
+            raise ValueError(f"task {self.name!r} has no {split} lines; give the file more lines")
+        if split == "train":
+            return random.Random(f"{self.name}/{seed}").choices(pool, k=count)
+        return pool[:count]
