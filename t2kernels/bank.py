@@ -249,7 +249,8 @@ class ExpertBank:
             return Plan("rows", key, rows.shape[0], arena, rows)
         if slot.dtype != torch.int32 or slot.dim() != 1:
             raise TypeError(
-                f"ExpertBank.use: slot must be (tokens,) int32, got {tuple(slot.shape)} {slot.dtype}."
+                "ExpertBank.use: slot must be (tokens,) int32, got "
+                f"{tuple(slot.shape)} {slot.dtype}."
             )
         check_slot_values(slot, rows.shape[0])
         slot = slot.to(self._device)

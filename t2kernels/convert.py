@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from .nn.linear import Factors, SVFLinear, is_conv1d
+from .nn.linear import Factors, SVFLinear, is_conv1d, weight_of
 from .nn.routing import Route
 from .quantized import QuantizedFactors, quantize
 from .store import FactorStore
@@ -59,7 +59,7 @@ def converted_layers(model: nn.Module) -> dict[str, SVFLinear]:
     layers = svf_layers(model)
     if not layers:
         raise ValueError(
-            f"model ({type(model).__name__}) has no SVF layers. Call t2kernels.convert(model) first."
+            f"model ({type(model).__name__}) has no SVF layers; call t2kernels.convert(model) first."
         )
     return layers
 
@@ -81,7 +81,7 @@ def _reason_to_skip(
     name: str, module: nn.Module, head: nn.Module | None, owners: Mapping[int, list[str]]
 ) -> str | None:
     """Why a linear layer that the targets name is left alone, or None."""
-    weight = module.weight
+    weight = weight_of(module)
     if len(owners[id(weight)]) > 1:
         others = [o for o in owners[id(weight)] if o != f"{name}.weight"]
         return f"its weight is tied to {', '.join(others)}"
@@ -163,12 +163,12 @@ def convert(
         raise ValueError(f"rank must be a positive integer or None, got {rank!r}.")
     if factors not in (None, "int8"):
         raise ValueError(
-            f'factors must be "int8" or None, got {factors!r}. A folder of `t2 decompose` goes into '
-            "decomposition=."
+            f'factors must be "int8" or None, got {factors!r}. A folder of `t2 decompose` goes '
+            "into decomposition=."
         )
     if rank is not None and not keep_weight:
         raise ValueError(
-            "keep_weight=False needs the full rank: U_k·Σ_k·V_kᵀ is not W. Drop rank or keep_weight."
+            "keep_weight=False needs the full rank: U_k·Σ_k·V_kᵀ is not W. Drop one of the two."
         )
     linears = {n: m for n, m in model.named_modules() if n and _is_linear(m)}
     targets = targets if isinstance(targets, str) else list(targets)
@@ -227,7 +227,7 @@ def _make_layer(
     precision: str,
     recompute: bool,
 ) -> SVFLinear:
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight = weight_of(module)
     full = min(weight.shape)
     k = None if rank is None or rank >= full else rank
     given: Factors | None = None
@@ -305,4 +305,6 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
         raise RuntimeError("trainable: an expert is merged into the weights; call bank.unmerge().")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return [layer.z.requires_grad_(True) for layer in layers.values()]
+    for layer in layers.values():
+        layer.z.requires_grad_(True)
+    return [layer.z for layer in layers.values()]

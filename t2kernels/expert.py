@@ -82,7 +82,7 @@ class Expert:
         multipliers must be positive, since a sigmoid is.
         """
         layers = converted_layers(model)
-        new = {n: z for n, z in self.fitted(layers, allow_mismatch=allow_mismatch).items()}
+        new = self.fitted(layers, allow_mismatch=allow_mismatch)
         for name, z in new.items():
             if layers[name].parametrisation == PARAMETRISATIONS[1] and bool((z <= 0).any()):
                 raise ValueError(
@@ -90,10 +90,11 @@ class Expert:
                     "cannot express. Convert the model with parametrisation='direct'."
                 )
         for name, layer in layers.items():
-            z = new.get(name)
-            if z is None:
+            if name not in new:
                 layer.z.fill_(1.0)
-            elif layer.parametrisation == PARAMETRISATIONS[1]:
+                continue
+            z = new[name]
+            if layer.parametrisation == PARAMETRISATIONS[1]:
                 # Any common scale gives the same z_eff; this one keeps the sigmoids in the middle.
                 layer.z.copy_(torch.logit(0.5 * z / z.max()))
             else:

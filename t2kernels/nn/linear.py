@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,17 @@ Factors = SVDFactors | QuantizedFactors
 
 def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D (GPT-2): a linear layer whose weight is stored (in, out)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and module.weight.dim() == 2
+    return (
+        type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight_of(module).dim() == 2
+    )
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a linear layer, checked: an attribute of nn.Module may be anything."""
+    weight = module.weight
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{type(module).__name__} has no weight tensor.")
+    return weight
 
 
 class SVFLinear(nn.Module):
@@ -132,7 +142,7 @@ class SVFLinear(nn.Module):
                 f"SVFLinear.from_linear: expected nn.Linear or transformers' Conv1D, got "
                 f"{type(linear).__name__}."
             )
-        weight = linear.weight
+        weight = weight_of(linear)
         if factors is None:
             w = weight.detach()
             factors = decompose(w.t() if transposed else w, rank=rank, precision=precision)
@@ -141,7 +151,7 @@ class SVFLinear(nn.Module):
                 f"SVFLinear.from_linear: rank={rank} but the factors have {factors.S.shape[0]}."
             )
         layer = cls(
-            weight, linear.bias, factors, keep_weight=keep_weight,
+            weight, cast("Tensor | None", linear.bias), factors, keep_weight=keep_weight,
             parametrisation=parametrisation, transposed=transposed, recompute=recompute,
         )  # fmt: skip
         if keep_weight:
@@ -214,7 +224,7 @@ class SVFLinear(nn.Module):
         new = nn.Linear(n, m, bias=False, device="meta")
         weight = self.stored_weight()
         new.weight = nn.Parameter(weight.t().contiguous() if self.transposed else weight)
-        new.bias = self.bias
+        new.bias = self.bias  # type: ignore[assignment]
         return new
 
     def rests(self) -> bool:
@@ -254,12 +264,12 @@ class SVFLinear(nn.Module):
         """
         if self._base_copy is not None:
             return "merged", None, None
-        if self._route is None or self._route[0].plan is None:
+        plan = None if self._route is None else self._route[0].plan
+        if self._route is None or plan is None:
             if self.rests():
                 return "base", None, None
             return "own z", effective_diagonal(self._S, self.z, self.parametrisation), None
         route, index, offset = self._route
-        plan = route.plan
         if plan.form == "base":
             # Batch-invariant mode fixes the form, so that a base row is computed alike everywhere.
             if dispatch.is_batch_invariant() and self.full_rank and not plan.stored_base_rows:
@@ -381,13 +391,14 @@ class SVFLinear(nn.Module):
         if given is not None and self._base_copy is not None:
             errors.append(f"{key}: an expert is merged; call bank.unmerge() before loading weights")
             return
-        if given is not None and given.shape == self.stored_weight().shape:
-            if self._weight_fingerprint(given) != self.fingerprint:
-                errors.append(
-                    f"{key}: the weight differs from the one that the factors belong to; load the "
-                    "checkpoint before t2kernels.convert"
-                )
-                return
+        m, n = self.out_features, self.in_features
+        fits = given is not None and given.shape == ((n, m) if self.transposed else (m, n))
+        if fits and self._weight_fingerprint(given) != self.fingerprint:
+            errors.append(
+                f"{key}: the weight differs from the one that the factors belong to; load the "
+                "checkpoint before t2kernels.convert"
+            )
+            return
         if self.weight is None and given is not None:
             state_dict = {k: v for k, v in state_dict.items() if k != key}
         super()._load_from_state_dict(state_dict, prefix, *args)

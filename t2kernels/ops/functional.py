@@ -107,15 +107,15 @@ def _check(
             f"{op}: bias must have shape (m,) = ({m},) and dtype {x.dtype}, "
             f"got {_shape(bias)} in {bias.dtype}."
         )
-    for name, value in (("U", U), ("V", V), (diagonal, d), ("slot", slot), ("bias", bias)):
-        if value is not None and value.device != x.device:
+    for name, t in (("U", U), ("V", V), (diagonal, d), ("slot", slot), ("bias", bias)):
+        if t is not None and t.device != x.device:
             raise ValueError(
-                f"{op}: all tensors must be on x's device {x.device}, {name} is on {value.device}."
+                f"{op}: all tensors must be on x's device {x.device}, {name} is on {t.device}."
             )
     if slot is None:
         if d.dim() == 2:
             raise ValueError(
-                f"{op}: {diagonal} has {d.shape[0]} slots {_shape(d)}, so slot (tokens,) int32 must "
+                f"{op}: {diagonal} has {d.shape[0]} slots {_shape(d)}; slot (tokens,) int32 must "
                 f"say which token uses which; pass {diagonal}[i] for a single one."
             )
         return

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import dispatch
 
-_library = torch.library.Library("t2kernels", "DEF")  # noqa: TOR901 (one definition, kept alive here)
+_library = torch.library.Library("t2kernels", "DEF")
 _library.define(
     "svf_product(Tensor x, Tensor U, Tensor Vh, Tensor d, Tensor base, Tensor? slot, Tensor? bias,"
     " Tensor? scale, bool save_h, bool batch_invariant) -> (Tensor, Tensor)"

@@ -35,7 +35,7 @@ def _factors(x: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scaled(h: Tensor, rows: Tensor, *, keep: bool) -> Tensor:
-    """h * rows computed in the wider dtype and rounded once to h.dtype; in place unless ``keep``."""
+    """h * rows in the wider dtype, rounded once to h.dtype; in place unless ``keep``."""
     return torch.mul(h, rows, out=torch.empty_like(h)) if keep else h.mul_(rows)
 
 

@@ -1,4 +1,4 @@
-"""svf_linear and svf_delta_linear: numerics on every backend of a CPU, gradients, torch's checks."""
+"""svf_linear and svf_delta_linear: numerics on each backend of a CPU, gradients, torch's checks."""
 
 import pytest
 import torch
@@ -219,7 +219,7 @@ SLOTTED = make_inputs(6, 8, 9, 8, slots=2)
         ({"bias": torch.ones(8)}, ValueError, r"bias must have shape \(m,\) = \(9,\)"),
         ({"slot": SLOTTED.slot}, ValueError, r"with slot, d must be \(slots, r\)"),
         ({"d": SLOTTED.d, "slot": SLOTTED.slot.long()}, TypeError, "slot must be torch.int32"),
-        ({"d": SLOTTED.d, "slot": SLOTTED.slot[:5]}, ValueError, r"slot must have shape \(tokens,\) = \(6,\)"),
+        ({"d": SLOTTED.d, "slot": SLOTTED.slot[:5]}, ValueError, r"shape \(tokens,\) = \(6,\)"),
         ({"d": SLOTTED.d, "slot": SLOTTED.slot + 2}, ValueError, r"slot must lie in \[-1, 2\)"),
         ({"d": SLOTTED.d, "slot": SLOTTED.slot - 1}, ValueError, r"slot must lie in \[-1, 2\)"),
     ],
