@@ -26,8 +26,8 @@ _LEVELS = 127
 # Fractions of a column's largest entry tried as clip. 4096 Gaussian numbers reach 3.9 standard
 # deviations, near the best clip of 8 bits; columns with outliers want less.
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.45, 0.3)
-# Elements quantised at a time: the temporaries stay in the cache.
-_BLOCK = 1 << 18
+# Elements quantised at a time: bounds the temporaries (five of 8 MiB).
+_BLOCK = 1 << 21
 
 
 class QuantizedFactors(NamedTuple):

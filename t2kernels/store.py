@@ -17,34 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import Checkpoint, Weight
+from .factorstore import FILE_KIND, KIND, MANIFEST, VERSION, FactorStore, read_manifest
 from .files import (
     CorruptFileError,
     SaveError,
     StrPath,
     file_sha256,
     folder_lock,
-    load_tensors,
     read_header,
-    read_json,
     remove_temporaries,
     save_tensors,
     write_json,
 )
-from .svd import SVDFactors, accuracy, check_factors, decompose, fingerprint
-from .targets import Targets, normalise
+from .svd import accuracy, decompose, fingerprint
+from .targets import Targets
 
 __all__ = ["FactorStore", "decompose_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-KIND = "t2k-factor-store"
-FILE_KIND = "t2k-factors"
-VERSION = 1
 _DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -140,126 +134,6 @@ def decompose_checkpoint(
     return FactorStore(folder)
 
 
-class FactorStore:
-    """Read side of a folder made by ``decompose_checkpoint``.
-
-    Opening reads the manifest only; each weight's file is checked when it is used.
-
-    Raises:
-        FileNotFoundError: no manifest. CorruptFileError: damaged, another version. ValueError:
-        the run that makes it has not finished (``partial=True`` opens it all the same).
-    """
-
-    def __init__(self, path: StrPath, *, partial: bool = False) -> None:
-        self.path = Path(path)
-        if not (self.path / MANIFEST).exists():
-            raise FileNotFoundError(
-                f"{self.path} holds no {MANIFEST}. Make it with decompose_checkpoint()."
-            )
-        self.manifest = _read_manifest(self.path)
-        self._entries: dict[str, dict[str, Any]] = self.manifest["weights"]
-        if not self.manifest["complete"] and not partial:
-            raise ValueError(
-                f"{self.path} is unfinished ({len(self._entries)} weights are there). "
-                "Run the decomposition again to finish it, or open it with partial=True."
-            )
-
-    @property
-    def names(self) -> list[str]:
-        """Layer names, without ".weight", in the order of the checkpoint."""
-        return list(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __contains__(self, name: str) -> bool:
-        return self.find(name) is not None
-
-    def find(self, name: str) -> str | None:
-        """The store's name for a layer: itself, or the only one that differs by a leading part.
-
-        A model with a head calls "transformer.h.0.mlp.c_fc" what its checkpoint may call
-        "h.0.mlp.c_fc", and the reverse.
-        """
-        name = normalise(name)
-        if name in self._entries:
-            return name
-        near = [k for k in self._entries if k.endswith("." + name) or name.endswith("." + k)]
-        return near[0] if len(near) == 1 else None
-
-    def info(self, name: str) -> dict[str, Any]:
-        """shape, rank, dtype, transposed, fingerprint, accuracy, seconds, file, bytes, sha256."""
-        return dict(self._entry(name)[1])
-
-    def load(
-        self,
-        name: str,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> SVDFactors:
-        """The factors of a layer on ``device`` (CPU), U and V in ``dtype`` (as stored)."""
-        name, entry = self._entry(name)
-        path = self.path / entry["file"]
-        (m, n), r = entry["shape"], entry["rank"]
-        expect = {"U": (m, r), "S": (r,), "Vh": (r, n)}
-        tensors, metadata = load_tensors(path, kind=FILE_KIND, version=VERSION, expect=expect)
-        if metadata.get("name") != name or metadata.get("fingerprint") != entry["fingerprint"]:
-            raise CorruptFileError(
-                f"{path} holds the factors of {metadata.get('name')!r} "
-                f"({metadata.get('fingerprint')}), expected {name!r} ({entry['fingerprint']}). "
-                "Were files moved between folders? Run the decomposition again."
-            )
-        factors = SVDFactors(tensors["U"], tensors["S"], tensors["Vh"].t())
-        try:
-            check_factors(factors, what=str(path))
-        except (TypeError, ValueError) as error:
-            raise CorruptFileError(f"{error} Run the decomposition again.") from error
-        return factors.to(device, dtype)
-
-    def verify(self, name: str, weight: Tensor) -> None:
-        """Raises ValueError unless ``weight`` (out, in) is what the factors were made from."""
-        name, entry = self._entry(name)
-        if list(weight.shape) != list(entry["shape"]):
-            raise ValueError(
-                f"{self.path}: {name!r} was made from a weight of shape {tuple(entry['shape'])}, "
-                f"got {tuple(weight.shape)}. Pass Conv1D weights as weight.t()."
-            )
-        found = fingerprint(weight)
-        if found != entry["fingerprint"]:
-            raise ValueError(
-                f"{self.path}: {name!r} was made from a weight with fingerprint "
-                f"{entry['fingerprint']}, got {found}. Decompose the checkpoint that is in use."
-            )
-
-    def check(self, name: str | None = None) -> None:
-        """Reads the files of one or all layers and compares them with their sha256."""
-        for key in self.names if name is None else [name]:
-            _, entry = self._entry(key)
-            path = self.path / entry["file"]
-            read_header(path)
-            if file_sha256(path) != entry["sha256"]:
-                raise CorruptFileError(
-                    f"{path} is damaged: its sha256 is not the one in {MANIFEST}. "
-                    "Delete it and run the decomposition again."
-                )
-
-    def __repr__(self) -> str:
-        return f"FactorStore({str(self.path)!r}, {len(self)} weights)"
-
-    def _entry(self, name: str) -> tuple[str, dict[str, Any]]:
-        found = self.find(name)
-        if found is None:
-            import difflib
-
-            near = difflib.get_close_matches(name, self._entries, n=3, cutoff=0.6)
-            raise ValueError(
-                f"{self.path} has no factors for {name!r}; "
-                + (f"near are {near}." if near else f"it has {self.names[:4]} ...")
-                + " Decompose the same checkpoint with targets that include it."
-            )
-        return found, self._entries[found]
-
-
 def _decompose_one(
     folder: Path,
     weight: Weight,
@@ -332,7 +206,7 @@ def _open_manifest(folder: Path, settings: dict[str, Any], overwrite: bool) -> d
     if overwrite:
         _clear(folder)
         return fresh
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     if manifest["settings"] != settings:
         differing = {k: v for k, v in settings.items() if manifest["settings"].get(k) != v}
         before = {k: manifest["settings"].get(k) for k in differing}
@@ -377,30 +251,6 @@ def _is_done(folder: Path, weight: Weight, entry: dict[str, Any] | None) -> bool
     if not whole:
         logger.warning("%s is made again: %s is damaged", weight.name, path)
     return whole
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    manifest = read_json(path, kind=KIND, version=VERSION)
-    needed = {"shape", "rank", "dtype", "transposed", "fingerprint", "file", "sha256"}
-    weights = manifest.get("weights")
-    sound = (
-        isinstance(weights, dict)
-        and isinstance(manifest.get("settings"), dict)
-        and isinstance(manifest.get("complete"), bool)
-        # A file name other than the layer's own could lead out of the folder.
-        and all(
-            isinstance(e, dict) and needed <= e.keys() and e["file"] == f"{name}.safetensors"
-            and "/" not in name and "\\" not in name
-            for name, e in weights.items()
-        )
-    )  # fmt: skip
-    if not sound:
-        raise CorruptFileError(
-            f"{path} is damaged: it lacks settings, weights or one of {sorted(needed)}. "
-            "Delete the folder and run the decomposition again."
-        )
-    return manifest
 
 
 def _check_room(

@@ -32,7 +32,9 @@ def test_output_error(m: int, n: int, dtype: torch.dtype) -> None:
 def test_real_factors_and_layout() -> None:
     f = decompose(torch.randn(70, 200, generator=torch.Generator().manual_seed(3)))
     q = quantize(f)
-    assert q.U.dtype == q.V.dtype == torch.int8 and q.U.shape == f.U.shape and q.V.shape == f.V.shape
+    assert (
+        q.U.dtype == q.V.dtype == torch.int8 and q.U.shape == f.U.shape and q.V.shape == f.V.shape
+    )
     assert q.U.is_contiguous() and q.V.t().is_contiguous()
     assert q.scale.dtype == torch.float32 and torch.equal(q.scale, q.u_scale * q.v_scale)
     assert (q.rank, q.in_features, q.out_features) == (70, 200, 70)

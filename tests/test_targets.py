@@ -126,7 +126,9 @@ def test_near_misses() -> None:
     names = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.norm"]
     check_targets(names, ["q_proj", "mlp", r".*up_proj"])
     assert unmatched(names, ["q_proj", "qproj"]) == ["qproj"]
-    with pytest.raises(ValueError, match=r"'qproj' matches none of 3 layers. Did you mean 'q_proj'"):
+    with pytest.raises(
+        ValueError, match=r"'qproj' matches none of 3 layers. Did you mean 'q_proj'"
+    ):
         check_targets(names, "qproj")
     with pytest.raises(ValueError, match="'all-linear'"):
         check_targets(names, "all_linear")
