@@ -59,7 +59,7 @@ def converted_layers(model: nn.Module) -> dict[str, SVFLinear]:
     layers = svf_layers(model)
     if not layers:
         raise ValueError(
-            f"model ({type(model).__name__}) has no SVF layers; call t2kernels.convert(model) first."
+            f"model ({type(model).__name__}) has no SVF layers; call t2kernels.convert(model) on it."
         )
     return layers
 
