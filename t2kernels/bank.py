@@ -225,8 +225,10 @@ class ExpertBank:
         Z = torch.stack([self._vector(n) for n in self.names])
         B = alpha.shape[0]
         rows = torch.arange(B, dtype=torch.int32)
+        uniform = B == 1 and slot is None  # one request: nothing to tell apart
         if alpha.requires_grad:
-            plan = self._rows_plan(object(), None, rows, slot)
+            key = object()
+            plan = Plan("uniform", key) if uniform else self._rows_plan(key, None, rows, slot)
             plan.alpha, plan.experts, plan.mixture = alpha, Z, mixture
             return plan
         # Row by row, the content that decides: for caches, and for rows that are the base.
@@ -239,6 +241,8 @@ class ExpertBank:
             rows[zero] = -1
         arena = self._arena(B)
         arena[:B] = self._diagonals(Z, alpha, mixture)
+        if uniform:
+            return Plan("uniform", key, 1, arena)
         return self._rows_plan(key, arena, rows, slot)
 
     def _rows_plan(

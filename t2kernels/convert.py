@@ -100,8 +100,16 @@ def _reason_to_skip(
 
 def _report_tensors(model: nn.Module, report: ConversionReport) -> None:
     """Name the 3-D expert tensors of mixture-of-experts blocks, which no linear scan finds."""
+    kernels = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, nn.modules.conv._ConvNd)
+        for p in module.parameters(recurse=False)
+    }
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 3:
+        # Class tokens and tables of positions have three axes too, the first of length 1.
+        stack = parameter.dim() == 3 and min(parameter.shape) > 1
+        if stack and id(parameter) not in kernels and classify(name) != "embedding":
             report.skipped[name] = (
                 f"expert tensor {tuple(parameter.shape)}: a stack of matrices inside one "
                 "parameter, not a layer; not converted by this version"

@@ -54,7 +54,8 @@ class Plan:
         r = S.shape[0]
         if self.alpha is not None and self.experts is not None:
             alpha = self.alpha if self.alpha.dim() == 2 else self.alpha[:, index]
-            return S * mix(self.experts[:, offset : offset + r], alpha, self.mixture, S)
+            d = S * mix(self.experts[:, offset : offset + r], alpha, self.mixture, S)
+            return d[0] if self.form == "uniform" else d
         if self.arena is None:
             raise RuntimeError(f"a plan of form {self.form!r} has no diagonals")
         if self.form == "uniform":
