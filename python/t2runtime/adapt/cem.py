@@ -30,6 +30,7 @@ def cross_entropy_method(
     low: float = 0.0,
     high: float = 1.0,
     std: float = 0.5,
+    std_floor: float = 0.05,
     start: Tensor | None = None,
     seed: int = 0,
 ) -> CEMResult:
@@ -77,6 +78,6 @@ def cross_entropy_method(
             best, best_key = members[order[0]].clone(), keys[order[0]]
         history.append(best_key)
         elite = members[order[:elites]]
-        mean, deviation = elite.mean(0), elite.std(0)
+        mean, deviation = elite.mean(0), elite.std(0).clamp(min=std_floor)
         kept = best[None]
     return CEMResult(best, best_key, history)

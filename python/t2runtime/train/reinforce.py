@@ -91,7 +91,7 @@ def train(
     metrics = open_run(out, cfg)
     _reset(parameters)
     model.eval()
-    best, best_score = t2k.Expert.from_model(model), -1.0
+    best, best_key = t2k.Expert.from_model(model), (-1.0, 0.0)
     try:
         for step in range(cfg.steps):
             start, seed = time.perf_counter(), cfg.seed * 1_000_003 + step
@@ -125,8 +125,9 @@ def train(
                         model, tokenizer, held_out, cfg.max_new_tokens, extract=extract
                     ).accuracy
                 line["validation"] = score
-                if score > best_score:
-                    best, best_score = t2k.Expert.from_model(model), score
+                # Ties on validation go to the better sampler: greedy answers say little at first.
+                if (key := (score, line["sampled_accuracy"])) > best_key:
+                    best, best_key = t2k.Expert.from_model(model), key
             line["seconds"] = time.perf_counter() - start
             if metrics is not None:
                 with metrics.open("a") as file:

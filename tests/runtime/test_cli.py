@@ -1,0 +1,150 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import t2kernels as t2k
+from t2runtime.cli import main
+from t2runtime.commands.generate import parse_expert
+from t2runtime.loading import SMALL_MODEL
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    try:
+        code = main(words)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("trian", "small"), "Did you mean train?"),
+        (("generate", "small", "--promt", "x"), "Did you mean --prompt?"),
+        (("train", "small", "--tsk", "add", "--out", "x"), "Did you mean --task?"),
+        (("train", "small", "--task", "add", "--out", "x", "--rollout", "merge"), "mean merged?"),
+        (("train", "small", "--task", "revers", "--out", "x.safetensors"), "mean 'reverse'?"),
+    ],
+)
+def test_typos_are_answered(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], hint: str
+) -> None:
+    code, out, err = call(capsys, *words)
+    assert code == 2 and not out
+    assert hint in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("inspect", "nowhere.safetensors"), "no such file"),
+        (("generate", "./nowhere", "--prompt", "x"), "MODEL must be"),
+        (("generate", "small"), "--prompt must be given"),
+        (("generate", "small", "--prompt", "x", "--expert", "f=big"), "FILE=WEIGHT"),
+        (("train", "small", "--task", "add", "--out", "x.pt"), ".safetensors"),
+        (("train", "small", "--task", "add", "--out", "x.safetensors", "--steps", "0"), "steps"),
+        (("demo", "--expert", "x"), "--model"),
+    ],
+)
+def test_mistakes_are_one_line(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
+) -> None:
+    code, out, err = call(capsys, *words)
+    assert code == 2 and not out
+    assert said in err and len(err.splitlines()) == 1
+
+
+def test_help_in_a_process_of_its_own() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "t2runtime", "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for command in ("env", "decompose", "train", "generate", "inspect", "bench", "demo"):
+        assert command in done.stdout
+
+
+def test_env(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "env", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["packages"]["torch"] == torch.__version__
+    assert facts["backends"]["torch"] is None and facts["backends"]["reference"] is None
+    code, out, _ = call(capsys, "env")
+    assert code == 0 and "backend    torch     available" in out
+
+
+def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "bench", "--size", "64", "--device", "cpu", "--json")
+    assert code == 0
+    assert all(row["svf_each_us"] > 0 for row in json.loads(out)["rows"])
+
+
+def test_parse_expert() -> None:
+    assert parse_expert("a=b.safetensors=0.5") == (Path("a=b.safetensors"), 0.5)
+    assert parse_expert("plain.safetensors") == (Path("plain.safetensors"), 1.0)
+
+
+def test_inspect_an_expert(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "e.safetensors"
+    t2k.Expert({"layer": torch.tensor([1.0, 3.0])}, {"layer": "abc"}, "base", "why").save(path)
+    code, out, _ = call(capsys, "inspect", str(path), "--json")
+    layer = json.loads(out)["layers"]["layer"]
+    assert code == 0
+    assert (layer["rank"], layer["mean"], layer["max"]) == (2, 2.0, 3.0)
+    assert layer["fingerprint"] == "abc"
+    code, out, _ = call(capsys, "inspect", str(path))
+    assert code == 0 and "why" in out
+
+
+def test_inspect_refuses_another_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "e.safetensors"
+    path.write_bytes(b"not tensors at all")
+    code, _, err = call(capsys, "inspect", str(path))
+    assert code == 2 and len(err.splitlines()) == 1
+
+
+def test_train_generate_inspect_decompose(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, small: Any
+) -> None:
+    """The whole way of a user, with a training run of two steps."""
+    store, expert = str(tmp_path / "store"), str(tmp_path / "add.safetensors")
+    code, _, err = call(capsys, "decompose", "small", "--out", store)
+    assert code == 0, err
+    code, out, _ = call(capsys, "inspect", store, "--json")
+    assert code == 0 and len(json.loads(out)["layers"]) == 28
+
+    code, out, err = call(
+        capsys, "train", "small", "--task", "add", "--out", expert, "--steps", "2", "--json",
+        "--prompts", "4", "--samples", "4",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out)["problems"] == 256
+    assert (tmp_path / "add" / "metrics.jsonl").read_text().count("\n") == 2
+
+    asked = ("--prompt", "37+48=", "--prompt", "flip 12345=", "--max-new-tokens", "8")
+    code, out, err = call(
+        capsys, "generate", "small", "--expert", f"{expert}=0.5", *asked, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    rows = json.loads(out)["outputs"]
+    assert [row["mixture"] for row in rows] == [{"add": 0.5}] * 2
+    code, out, err = call(
+        capsys, "generate", "small", "--expert", expert, *asked, "--two-pass", "--json"
+    )
+    assert code == 0, err
+    assert all(row["category"] in {"add", "other"} for row in json.loads(out)["outputs"])
+
+
+def test_the_shipped_model_is_small() -> None:
+    path = SMALL_MODEL / "model.safetensors"
+    if not path.exists():
+        pytest.skip("the small model is not in this checkout")
+    assert path.stat().st_size <= 2_000_000
+    card = json.loads((SMALL_MODEL / "training.json").read_text())
+    assert card["seed"] == 0 and set(card["accuracy"]) >= {"add", "reverse", "order", "category"}
