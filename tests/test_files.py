@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t2kernels import files
@@ -72,6 +72,7 @@ def test_name_type() -> None:
         check_name(3)  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_a_good_name_stays_in_its_folder(name: str) -> None:
     try:
@@ -135,6 +136,7 @@ def test_damaged(tmp_path: Path) -> None:
             load_tensors(path)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_give_a_clear_error(data: bytes) -> None:
     import tempfile

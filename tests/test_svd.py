@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from t2kernels import svd
@@ -18,6 +20,15 @@ from t2kernels.svd import (
 )
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices are small here: a second thread only waits for the first."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _random(m: int, n: int, seed: int = 0) -> torch.Tensor:
@@ -35,7 +46,7 @@ def _check(weight: torch.Tensor, factors: SVDFactors, bound: float = 5e-6) -> No
     assert bool((factors.U.gather(0, first[None]) >= 0).all())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     m=st.integers(1, 40),
     n=st.integers(1, 40),
@@ -278,7 +289,7 @@ def test_check_factors() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("m", "n"), [(2048, 2048)])
+@pytest.mark.parametrize(("m", "n"), [(1536, 1536)])
 def test_accuracy_of_a_real_size(m: int, n: int) -> None:
     weight = _random(m, n)
     _check(weight, decompose(weight))
