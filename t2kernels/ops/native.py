@@ -1,0 +1,299 @@
+"""The C++ backend for the CPU: both products in one call at decode sizes, library GEMMs above.
+
+Small T is bound by reading U and V once; ``csrc/cpu`` streams them at the memory's speed. From a few dozen
+tokens on the library's GEMM is the better product, and only the diagonal between is ours. The point of
+change is measured, per dtype: see the constants.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    from .. import _native
+
+    _MISSING: str | None = None
+except ImportError as error:  # a source tree without a build, or a build for another Python
+    _native = None  # type: ignore[assignment]
+    _MISSING = (
+        f"the native module is not built ({error}); run `pip install .` or "
+        "`python setup.py build_ext --inplace`"
+    )
+
+NAME = "native"
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+_AUTO = -1
+
+# Largest T at which the decode kernel is chosen, by weight dtype (then x's dtype for int8).
+# Origin: benchmarks/LOG.md, "CPU kernels", crossover against two library GEMMs.
+DECODE_TOKENS = {torch.float32: 64, torch.bfloat16: 16, torch.float16: 128}
+DECODE_TOKENS_INT8 = {torch.float32: 64, torch.bfloat16: 16, torch.float16: 64}
+
+# int8 weights of large T are widened piece by piece into one buffer of at most this many elements.
+DEQUANTISE_ELEMENTS = 4 * 1024 * 1024
+
+
+def unavailable(
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+) -> str | None:
+    """Why this call cannot run here, or None."""
+    if _MISSING is not None:
+        return _MISSING
+    if x.device.type != "cpu" or U.device.type != "cpu":
+        return f"x is on {x.device}, the native backend runs on the cpu"
+    dtype = x.dtype
+    if dtype not in _CODES or dtype == torch.int8:
+        return f"x has dtype {dtype}, the native backend knows float32, bfloat16 and float16"
+    if U.dtype != V.dtype or (U.dtype != dtype and U.dtype != torch.int8):
+        return f"U and V have dtypes {U.dtype} and {V.dtype}, expected {dtype} or both int8"
+    if d.dtype != torch.float32 or base.dtype != torch.float32:
+        return f"d and base have dtypes {d.dtype} and {base.dtype}, expected float32"
+    if not V.t().is_contiguous():
+        return "V must be stored as a contiguous (r, n) matrix"
+    if not U.is_contiguous():
+        return "U must be a contiguous (m, r) matrix"
+    if x.stride(1) != 1 and x.shape[1] != 1:
+        return "the last dimension of x must be contiguous"
+    if d.stride(-1) != 1 and d.shape[-1] != 1:
+        return "the last dimension of d must be contiguous"
+    if not base.is_contiguous():
+        return "base must be contiguous"
+    if slot is not None and (slot.dtype != torch.int32 or not slot.is_contiguous()):
+        return "slot must be a contiguous int32 vector"
+    if bias is not None and (bias.dtype != dtype or not bias.is_contiguous()):
+        return f"bias must be a contiguous vector of {dtype}"
+    if scale is not None and (scale.dtype != torch.float32 or not scale.is_contiguous()):
+        return "scale must be a contiguous float32 vector"
+    return None
+
+
+def forward(
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    save_h: bool = False,
+    batch_invariant: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """y = ((x V) * d_row) Uᵀ + bias; see ``ops/reference.py`` for shapes.
+
+    In batch-invariant mode, and up to ``DECODE_TOKENS`` tokens, the bits of a row depend on this
+    row, the factors and the instruction set only.
+    """
+    tokens, n = x.shape
+    m, r = U.shape
+    limits = DECODE_TOKENS if scale is None and U.dtype != torch.int8 else DECODE_TOKENS_INT8
+    if not batch_invariant and tokens > limits[x.dtype]:
+        return _forward_library(x, U, V, d, base, slot, bias, scale, save_h)
+    y = torch.empty((tokens, m), dtype=x.dtype)
+    h = torch.empty((tokens, r), dtype=x.dtype) if save_h else None
+    _native.svf_forward(
+        x.data_ptr(),
+        x.stride(0),
+        U.data_ptr(),
+        V.data_ptr(),
+        d.data_ptr(),
+        d.stride(0),
+        1 if slot is None else d.shape[0],
+        0 if slot is None else slot.data_ptr(),
+        base.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if scale is None else scale.data_ptr(),
+        y.data_ptr(),
+        0 if h is None else h.data_ptr(),
+        tokens,
+        n,
+        r,
+        m,
+        _CODES[x.dtype],
+        _CODES[U.dtype],
+        torch.get_num_threads(),
+        _AUTO,
+    )
+    return y, h
+
+
+def backward(
+    g: Tensor,
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None = None,
+    h: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    need_dx: bool = True,
+    need_dd: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx = ((g U) * d_row) Vᵀ and dd[s] = Σ scale * h[t] * (g U)[t] over the tokens of slot s."""
+    if not (need_dx or need_dd):
+        return None, None
+    gu = _product(g, U)
+    if need_dd and h is None:
+        h = _product(x, V)
+    if need_dd and h is not None and h.shape[1] > 1 and h.stride(1) != 1:
+        h = h.contiguous()
+    dd = torch.empty(d.shape, dtype=torch.float32) if need_dd else None
+    _native.backward_rows(
+        gu.data_ptr(),
+        gu.stride(0),
+        0 if h is None or not need_dd else h.data_ptr(),
+        0 if h is None else h.stride(0),
+        d.data_ptr() if need_dx else 0,
+        d.stride(0),
+        1 if slot is None else d.shape[0],
+        0 if slot is None else slot.data_ptr(),
+        base.data_ptr(),
+        0 if scale is None else scale.data_ptr(),
+        0 if dd is None else dd.data_ptr(),
+        gu.shape[0],
+        gu.shape[1],
+        _CODES[gu.dtype],
+        torch.get_num_threads(),
+        _AUTO,
+    )
+    return (_product(gu, V.t()) if need_dx else None), dd
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ + bias, (T, n) x (m, n) → (T, m), with bits that depend on neither T nor other rows.
+
+    The stored weight's counterpart of ``forward(batch_invariant=True)``. Needs what ``unavailable``
+    needs: cpu, one dtype of float32, bfloat16 and float16, contiguous weight and bias.
+    """
+    if _MISSING is not None:
+        raise RuntimeError(f"native.linear: {_MISSING}")
+    if x.dtype != weight.dtype or x.dtype not in _CODES or x.dtype == torch.int8:
+        raise TypeError(
+            "native.linear: x and weight must share one dtype of float32, bfloat16 and float16, "
+            f"got {x.dtype} and {weight.dtype}. Cast one of them."
+        )
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            "native.linear: x must be (T, n) and weight (m, n), "
+            f"got {tuple(x.shape)} and {tuple(weight.shape)}. Flatten leading dimensions first."
+        )
+    if x.shape[1] > 1 and x.stride(1) != 1:
+        x = x.contiguous()
+    weight = weight.contiguous()
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
+    code = _CODES[x.dtype]
+    _native.linear(
+        x.data_ptr(),
+        x.stride(0),
+        weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        x.shape[0],
+        x.shape[1],
+        weight.shape[0],
+        code,
+        code,
+        torch.get_num_threads(),
+        _AUTO,
+    )
+    return y
+
+
+def isa() -> str:
+    """Name of the instruction set in use: avx512bf16, avx512, avx2 or scalar."""
+    if _MISSING is not None:
+        raise RuntimeError(f"native.isa: {_MISSING}")
+    return str(_native.isa_name(_AUTO))
+
+
+def _scale_rows(
+    h: Tensor, out: Tensor, d: Tensor, base: Tensor, slot: Tensor | None, scale: Tensor | None
+) -> None:
+    """out[t] = h[t] * d_row(t) (* scale); out may be h."""
+    _native.scale_rows(
+        h.data_ptr(),
+        h.stride(0),
+        out.data_ptr(),
+        out.stride(0),
+        d.data_ptr(),
+        d.stride(0),
+        1 if slot is None else d.shape[0],
+        0 if slot is None else slot.data_ptr(),
+        base.data_ptr(),
+        0 if scale is None else scale.data_ptr(),
+        h.shape[0],
+        h.shape[1],
+        _CODES[h.dtype],
+        torch.get_num_threads(),
+        _AUTO,
+    )
+
+
+def _forward_library(
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    save_h: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Two library GEMMs and one pass over h."""
+    h = _product(x, V)
+    hd = torch.empty_like(h) if save_h else h
+    _scale_rows(h, hd, d, base, slot, scale)
+    y = _product(hd, U.t())
+    if bias is not None:
+        y += bias
+    return y, h if save_h else None
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a (T, k) times b (k, q) by the library; int8 b is widened in pieces of bounded size."""
+    if b.dtype != torch.int8:
+        return torch.mm(a, b)
+    # The pieces are rows of the stored matrix, be it b itself or its transpose.
+    by_columns = b.t().is_contiguous()
+    stored = b.t() if by_columns else b
+    rows, cols = stored.shape
+    step = max(1, min(rows, DEQUANTISE_ELEMENTS // cols))
+    buffer = torch.empty((step, cols), dtype=a.dtype)
+    out = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype)
+    total = None if by_columns else torch.zeros((a.shape[0], b.shape[1]), dtype=torch.float32)
+    for begin in range(0, rows, step):
+        piece = buffer[: min(step, rows - begin)]
+        end = begin + piece.shape[0]
+        _native.dequantise(
+            stored.data_ptr() + begin * cols,
+            0,
+            0,
+            piece.data_ptr(),
+            piece.shape[0],
+            cols,
+            _CODES[a.dtype],
+            torch.get_num_threads(),
+            _AUTO,
+        )
+        if total is None:
+            out[:, begin:end] = torch.mm(a, piece.t())
+        else:
+            # Partial sums over k are kept in fp32; one piece (the usual case) is rounded only once.
+            part = torch.mm(a[:, begin:end], piece)
+            if step >= rows:
+                return part
+            total += part
+    return out if total is None else total.to(a.dtype)
