@@ -5,6 +5,7 @@ Metadata is in pyproject.toml; only what must be decided at build time is here. 
     T2_CUDA=0             leave the CUDA kernels out even where nvcc is found
     T2_REQUIRE_CUDA=1     fail instead of building without them
     T2_CUDA_ARCHS         "80;90a;100" by default; the newest also gets PTX for later GPUs
+    T2_CUDA_LINEINFO=1    line numbers in the CUDA kernels, for profilers
     T2_BUILD_DIR          folder of the CMake build (default build/cmake-<python tag>, kept for
                           incremental builds)
     T2_BUILD_JOBS         parallel compiler processes (default: all cores)
@@ -12,6 +13,7 @@ Metadata is in pyproject.toml; only what must be decided at build time is here. 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -34,13 +36,16 @@ def flag(name: str, default: str) -> bool:
     return os.environ.get(name, default).strip().lower() not in OFF
 
 
-def tool(name: str) -> str:
-    """Path of cmake or ninja: the Python package's own program first, then the PATH."""
-    beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.is_file() else shutil.which(name)
+def tool(name: str, folder: str) -> str:
+    """Path of cmake or ninja: from its Python package (constant ``folder``), else on the PATH."""
+    found = None
+    if importlib.util.find_spec(name) is not None:
+        package = importlib.import_module(name)
+        found = shutil.which(name, path=getattr(package, folder, None) or os.devnull)
+    found = found or shutil.which(name)
     if found is None:
         raise RuntimeError(
-            f"t2kernels: building needs {name}, which was found neither beside {sys.executable} "
+            f"t2kernels: building needs {name}, which is neither installed for {sys.executable} "
             f"nor on the PATH. Install it with `pip install {name}`."
         )
     return found
@@ -98,7 +103,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder = build_dir()
-        cmake, ninja = tool("cmake"), tool("ninja")
+        cmake, ninja = tool("cmake", "CMAKE_BIN_DIR"), tool("ninja", "BIN_DIR")
         configure = [
             cmake,
             f"-S{ROOT}",
@@ -112,6 +117,7 @@ class CMakeBuild(build_ext):
             f"-DT2_MODULE_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
             f"-DT2_CUDA={'ON' if flag('T2_CUDA', '1') else 'OFF'}",
             f"-DT2_REQUIRE_CUDA={'ON' if flag('T2_REQUIRE_CUDA', '0') else 'OFF'}",
+            f"-DT2_CUDA_LINEINFO={'ON' if flag('T2_CUDA_LINEINFO', '0') else 'OFF'}",
             f"-DT2_CUDA_ARCHS={os.environ.get('T2_CUDA_ARCHS', '')}",
         ]
         jobs = os.environ.get("T2_BUILD_JOBS") or str(os.cpu_count() or 1)

@@ -71,7 +71,8 @@ def compile_one(source: Path, folder: Path) -> list[Kernel]:
     output = str(folder / f"{source.stem}.o")
     command = [str(NVCC), "-std=c++17", "-O3", *targets, "-Xptxas", "-v"]
     command += ["-Werror", "all-warnings"]
-    done = subprocess.run([*command, "-c", str(source), "-o", output], capture_output=True, text=True)
+    command += ["-c", str(source), "-o", output]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"nvcc refuses {source.name}:\n{done.stdout}{done.stderr}")
     return parse(source.name, done.stdout + done.stderr)

@@ -1,0 +1,61 @@
+# make test    lint, types and all tests on the installed package (own virtual environment)
+# make demo    train experts, answer a mixed batch in two passes; MODEL=path serves another model
+# make gpu     where a GPU is: build, test and benchmark with the Python that is there, no network
+# make build   compile the native module into the source tree, for work on it
+# make clean   remove everything the above have made
+#
+#   PYTHON=python3.12     the interpreter to start from
+#   PHASE=build,bench     phases of make gpu (make gpu PHASE=list); DRY_RUN=1 rehearses on a CPU
+#   OUT=folder            where make gpu and make demo leave their results (default out)
+#   TESTS="tests/ops -k slot"   what make test gives to pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= out
+PHASE ?= all
+DRY_RUN ?= 0
+MODEL ?=
+TESTS ?= tests
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+CONSTRAINTS := .ci/constraints.txt
+# The build environment that pip makes for itself obeys these (new pip, old pip).
+PIP := PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) PIP_CONSTRAINT=$(CONSTRAINTS) \
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
+
+.PHONY: help test lint demo gpu build clean
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Not editable: the tests must see what a user gets. Building again is incremental (build/).
+.PHONY: install-test install-demo
+install-test: $(BIN)/python
+	$(PIP) install -q "triton; sys_platform == 'linux'" ".[test]"
+install-demo: $(BIN)/python
+	$(PIP) install -q ".[hf,plot]"
+
+lint: install-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# -p no:cacheprovider leaves nothing behind; spinning threads of two workers would fight for cores.
+test: lint
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(WORKERS) --dist loadgroup $(TESTS)
+
+# Through the console script: `python -m` would put the source tree before the installed package.
+demo: install-demo
+	$(BIN)/t2 demo --out $(OUT)/demo $(if $(MODEL),--model "$(MODEL)")
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py --phase "$(PHASE)" --out "$(OUT)" $(if $(filter-out 0,$(DRY_RUN)),--dry-run)
+
+build:
+	$(PYTHON) setup.py -q build_ext --inplace
+
+clean:
+	rm -rf build dist out .gpu .venv *.egg-info t2kernels/_native*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
