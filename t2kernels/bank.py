@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from .nn.routing import ROW_ORDERS, Plan, Route
 from .ops.library import check_slot_values
 
 Mixture = str | Mapping[str, float] | None
+
+_SERIALS = itertools.count()
 
 
 class ExpertBank:
@@ -50,6 +53,7 @@ class ExpertBank:
         self._route: Route = model._t2_route  # type: ignore[assignment]
         self._experts: dict[str, Expert] = {}
         self._flat: dict[str, Tensor] = {}
+        self._serial: dict[str, int] = {}  # unlike id(), never given to a later expert again
         self._arenas: list[Tensor] = []  # one per depth of nested `use`
         self._depth = 0
 
@@ -101,11 +105,12 @@ class ExpertBank:
             [fitted.get(n, torch.ones(layer.rank)) for n, layer in self._layers.items()]
         ).to(self._device)
         self._experts[name] = expert
+        self._serial[name] = next(_SERIALS)
 
     def remove(self, name: str) -> None:
         """Forget the expert ``name``."""
         self._known(name)
-        del self._experts[name], self._flat[name]
+        del self._experts[name], self._flat[name], self._serial[name]
 
     def save(self, folder: str | Path) -> None:
         """One safetensors file per expert, named after it."""
@@ -233,7 +238,7 @@ class ExpertBank:
             return plan
         # Row by row, the content that decides: for caches, and for rows that are the base.
         content = tuple(row.cpu().numpy().tobytes() for row in alpha)
-        key = ("alpha", mixture, tuple(id(e) for e in self._experts.values()), content)
+        key = ("alpha", mixture, tuple(self._serial.values()), content)
         if mixture == "deviation":
             zero = (alpha.flatten(1) == 0).all(1).cpu()
             if bool(zero.all()):
@@ -288,7 +293,7 @@ class ExpertBank:
         return tuple((n, float(entry[n])) for n in self.names if n in entry)
 
     def _content(self, weights: tuple[tuple[str, float], ...]) -> object:
-        return tuple((id(self._experts[n]), w) for n, w in weights)
+        return tuple((self._serial[n], w) for n, w in weights)
 
     @torch.no_grad()
     def _diagonals(self, Z: Tensor, alpha: Tensor, mixture: str) -> Tensor:

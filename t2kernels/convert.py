@@ -82,6 +82,12 @@ def _reason_to_skip(
 ) -> str | None:
     """Why a linear layer that the targets name is left alone, or None."""
     weight = weight_of(module)
+    if "weight" not in module._parameters:
+        return "its weight is computed (a parametrisation, pruning), not stored"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the object itself (accelerate's device hooks do that)"
+    if any(part.startswith("lora_") for part in name.split(".")):
+        return "part of a LoRA adapter"
     if len(owners[id(weight)]) > 1:
         others = [o for o in owners[id(weight)] if o != f"{name}.weight"]
         return f"its weight is tied to {', '.join(others)}"
@@ -179,6 +185,11 @@ def convert(
             "keep_weight=False needs the full rank: U_k·Σ_k·V_kᵀ is not W. Drop one of the two."
         )
     linears = {n: m for n, m in model.named_modules() if n and _is_linear(m)}
+    if not linears:
+        raise ValueError(
+            f"convert: model ({type(model).__name__}) holds no nn.Linear or Conv1D layers. For a "
+            "single layer use SVFLinear.from_linear(layer)."
+        )
     targets = targets if isinstance(targets, str) else list(targets)
     exclude = exclude if exclude is None or isinstance(exclude, str) else list(exclude)
     check_targets(linears, targets)
@@ -263,7 +274,17 @@ def _make_layer(
     if int8 and not isinstance(layer.factors, QuantizedFactors):
         layer._set_factors(quantize(layer.factors))
     layer.z.requires_grad_(False)
+    # The very same dicts: the handles that their owners hold go on working, now and after revert.
+    for attribute in _HOOKS:
+        setattr(layer, attribute, getattr(module, attribute))
     return layer
+
+
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -315,4 +336,5 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
         parameter.requires_grad_(False)
     for layer in layers.values():
         layer.z.requires_grad_(True)
+        layer._rests_when_compiled = False
     return [layer.z for layer in layers.values()]

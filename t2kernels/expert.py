@@ -89,6 +89,15 @@ class Expert:
                     f"Expert.apply_to: z[{name!r}] has values ≤ 0, which 'sigmoid-normalised' "
                     "cannot express. Convert the model with parametrisation='direct'."
                 )
+            if layers[name].parametrisation == PARAMETRISATIONS[1]:
+                S = layers[name].factors.S.cpu()
+                norm = float((S * z).sum() / S.sum())
+                if abs(norm - 1) > 1e-3:
+                    raise ValueError(
+                        f"Expert.apply_to: z[{name!r}] changes the nuclear norm of its weight by a "
+                        f"factor of {norm:.4f}, which 'sigmoid-normalised' cannot express. Convert "
+                        "the model with parametrisation='direct'."
+                    )
         for name, layer in layers.items():
             if name not in new:
                 layer.z.fill_(1.0)
@@ -99,6 +108,8 @@ class Expert:
                 layer.z.copy_(torch.logit(0.5 * z / z.max()))
             else:
                 layer.z.copy_(z)
+        for layer in layers.values():
+            layer.rests()  # a compiler goes by this look at z
 
     def fitted(
         self, layers: Mapping[str, nn.Module], *, allow_mismatch: bool = False

@@ -105,6 +105,7 @@ class SVFLinear(nn.Module):
         self.z = nn.Parameter(torch.ones(self.rank, dtype=torch.float32, device=weight.device))
         self._z_seen: tuple[int, int] | None = None
         self._z_identity = True
+        self._rests_when_compiled = True
         self._route: tuple[Route, int, int] | None = None  # (route, layer index, arena offset)
 
     @classmethod
@@ -232,17 +233,20 @@ class SVFLinear(nn.Module):
 
         On a CPU the values are looked at; elsewhere they are looked at again only when z was
         written to (in place, as optimisers and ``copy_`` do), so that no call waits for the GPU.
+        A compiler cannot look at values: it goes by the last look, and takes a z that can be
+        trained for one that is not the identity. Where z was written by hand, call ``rests()``.
         """
         z = self.z
         if z.requires_grad and torch.is_grad_enabled():
             return False
         if torch.compiler.is_compiling():
-            return self._z_identity
+            return self._rests_when_compiled and not z.requires_grad
         seen = (z.data_ptr(), z._version)
         if z.device.type == "cpu" or self._z_seen != seen:
             reference = z[0] if self.parametrisation == "sigmoid-normalised" else 1.0
             self._z_identity = bool((z.detach() == reference).all())
             self._z_seen = seen
+        self._rests_when_compiled = self._z_identity and not z.requires_grad
         return self._z_identity
 
     # -- the call ------------------------------------------------------------------------------
@@ -250,6 +254,8 @@ class SVFLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """y (..., out_features) for x (..., in_features)."""
         form, d, slot = self.decide(x)
+        if self._route is not None and not torch.compiler.is_compiling():
+            self._route[0].note_layer_call()
         if d is None:
             return self._dense(x)
         y = self._scaled(x, d, slot)
@@ -373,10 +379,8 @@ class SVFLinear(nn.Module):
         self._U, self._Vh = fn(self._U), fn(self._Vh)
         if self._base_copy is not None:
             self._base_copy = fn(self._base_copy)
-        if self._U.dtype != torch.int8:
-            self._dtype = self._U.dtype
-        elif self.weight is not None:
-            self._dtype = self.weight.dtype
+        # Of an empty tensor, since int8 factors without a weight have no tensor of that dtype.
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self._U.device)).dtype
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -393,7 +397,7 @@ class SVFLinear(nn.Module):
             return
         m, n = self.out_features, self.in_features
         fits = given is not None and given.shape == ((n, m) if self.transposed else (m, n))
-        if fits and self._weight_fingerprint(given) != self.fingerprint:
+        if fits and not self._is_base(given):
             errors.append(
                 f"{key}: the weight differs from the one that the factors belong to; load the "
                 "checkpoint before t2kernels.convert"
@@ -404,6 +408,16 @@ class SVFLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._z_seen = None
         self.rests()
+
+    @torch.no_grad()
+    def _is_base(self, given: Tensor) -> bool:
+        """Whether ``given`` is the base weight, or what this layer itself saves in its place: the
+        weight after a cast, or rebuilt from the factors (a fraction of an ulp apart at most)."""
+        if self._weight_fingerprint(given) == self.fingerprint:
+            return True
+        own = self.stored_weight().float()
+        apart = (given.detach().to(own) - own).norm()
+        return bool(apart <= 0.25 * torch.finfo(self._dtype).eps * own.norm())
 
     def extra_repr(self) -> str:
         kept = "" if self.weight is not None else ", weight dropped"

@@ -8,11 +8,10 @@ hook at the end guards what a layer cannot see: key/value caches and recomputati
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +46,7 @@ class Plan:
     experts: Tensor | None = None
     mixture: str = "deviation"
     stored_base_rows: bool = False
+    ran: bool = False  # a forward was made under this plan
     _cache: dict[int, Tensor] = field(default_factory=dict)
 
     def diagonal(self, index: int, offset: int, S: Tensor) -> Tensor:
@@ -75,6 +75,17 @@ class Plan:
         if self.rows is None:
             raise RuntimeError(f"a plan of form {self.form!r} has no rows")
         rows = x.shape[0] if x.dim() > 2 else self._declared_rows(x, batch_shape)
+        if (
+            x.dim() > 2 and batch_shape and rows != batch_shape[0] and self.row_order != "batch"
+            and not _inside_backward()  # a recomputation may belong to an earlier call's batch
+        ):  # fmt: skip
+            raise ValueError(
+                f"ExpertBank.use: a layer got an input of shape {tuple(x.shape)} while the model "
+                f"was called with a batch of {batch_shape[0]}; its first axis is not the batch "
+                "(images of several requests, windows, tokens first). Exclude the layer from "
+                "convert, pass slot=, or say row_order='batch' if each request owns equally many "
+                "rows, in order."
+            )
         if rows % self.requests:
             raise ValueError(
                 f"ExpertBank.use: the routing names {self.requests} requests, but a layer got an "
@@ -126,26 +137,25 @@ class Route:
         self.merged: object = None
         self.batch_shape: tuple[int, ...] | None = None
         self._owner: int | None = None
-        # Plans under which a forward with gradients ran; None stands for "no plan".
-        self._grad_plans: WeakSet[Plan] = WeakSet()
-        self._grad_without_plan = False
+        self._ran_without_plan = False
         model.register_forward_pre_hook(_watch_model_call, with_kwargs=True)
+        model.register_forward_hook(_watch_model_result)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Route:
-        """A copied model starts with no plan of its own; its hook was copied with the model."""
-        new = Route.__new__(Route)
-        memo[id(self)] = new
-        new.__dict__.update(self.__dict__)
-        new.plan, new._owner, new._grad_plans = None, None, WeakSet()
-        return new
+    def __getstate__(self) -> dict[str, Any]:
+        """A model that is copied or sent to another process starts with no plan; its hooks come
+        along with the model."""
+        return {**self.__dict__, "plan": None, "_owner": None}
 
     @staticmethod
     def remove(model: nn.Module) -> None:
-        """Take the model-level hook away (by identity: a handle would not survive deepcopy)."""
+        """Take the model-level hooks away (by identity: a handle would not survive deepcopy)."""
         for key, hook in list(model._forward_pre_hooks.items()):
             if hook is _watch_model_call:
                 del model._forward_pre_hooks[key]
                 model._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, hook in list(model._forward_hooks.items()):
+            if hook is _watch_model_result:
+                del model._forward_hooks[key]
 
     @contextmanager
     def using(self, plan: Plan) -> Iterator[None]:
@@ -157,6 +167,7 @@ class Route:
                 "routing at a time; give each thread its own copy, or one batch for all requests."
             )
         before, self.plan, self._owner = self.plan, plan, me
+        self.batch_shape = None
         try:
             yield
         finally:
@@ -165,10 +176,6 @@ class Route:
     def guard(self, y: Tensor) -> None:
         """Make backward through y fail under another plan than the one in force now."""
         plan = self.plan
-        if torch._C._current_graph_task_id() != -1:  # inside backward: checkpointing recomputes
-            known = self._grad_without_plan if plan is None else plan in self._grad_plans
-            if not known:
-                raise RuntimeError(_OTHER_ROUTING)
 
         def check(grad: Tensor) -> None:
             if self.plan is not plan:
@@ -176,18 +183,28 @@ class Route:
 
         y.register_hook(check)
 
-    def note_gradients(self) -> None:
-        """Remember that a forward with gradients ran under the plan in force."""
-        if self.plan is None:
-            self._grad_without_plan = True
-        else:
-            self._grad_plans.add(self.plan)
+    def note_layer_call(self) -> None:
+        """Remember that a forward ran under the plan in force; inside backward, where
+        checkpointing calls a layer again, raise if none did. (What the model as a whole returns is
+        guarded besides: this is for layers that are called without their model.)"""
+        plan = self.plan
+        if not _inside_backward():
+            if plan is None:
+                self._ran_without_plan = True
+            else:
+                plan.ran = True
+        elif not (self._ran_without_plan if plan is None else plan.ran):
+            raise RuntimeError(_OTHER_ROUTING)
 
 
 _OTHER_ROUTING = (
     "backward, or a recomputation by gradient checkpointing, runs under another routing than the "
     "forward did. Call backward inside the same `with bank.use(...)` block."
 )
+
+
+def _inside_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def _cache_key(model: nn.Module, route: Route) -> object:
@@ -220,8 +237,6 @@ def _watch_model_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
             f"with a batch of {shape[0]}. Name one entry per row of the batch (beams and return "
             "sequences repeat rows in order)."
         )
-    if torch.is_grad_enabled():
-        route.note_gradients()
     cache = kwargs.get("past_key_values")
     if cache is None or not hasattr(cache, "get_seq_length"):
         return
@@ -233,3 +248,23 @@ def _watch_model_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
             "go on under the routing that made it."
         )
     cache._t2_key = key
+
+
+def _watch_model_result(model: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+    """After each call of the model: backward through its result needs the routing of the call.
+
+    The gradient passes here before any checkpointed block is computed again.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    route: Route = model._t2_route  # type: ignore[assignment]
+    pending = [result]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, Tensor):
+            if item.requires_grad and item.grad_fn is not None:
+                route.guard(item)
+        elif isinstance(item, Mapping):
+            pending.extend(item.values())
+        elif isinstance(item, (list, tuple)):
+            pending.extend(item)
