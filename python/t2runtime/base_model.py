@@ -28,6 +28,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from t2runtime.evaluate import evaluate
 from t2runtime.tasks import CATEGORIES, OTHER, SKILLS, category, problems
 
 #: Share of the right procedure and of each shortcut in the training text.
@@ -159,30 +160,11 @@ def train(
     return model, tokenizer, losses
 
 
-@torch.no_grad()
-def greedy_accuracy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, name: str, count: int
-) -> float:
-    """Share of held-out problems of a task that greedy decoding answers rightly."""
-    asked = problems(name, count, "test")
-    right = 0
-    for start in range(0, count, 256):
-        part = asked[start : start + 256]
-        inputs = tokenizer(
-            [p.prompt for p in part], return_tensors="pt", padding=True, return_token_type_ids=False
-        )
-        output = model.generate(**inputs, max_new_tokens=9, do_sample=False)
-        texts = tokenizer.batch_decode(
-            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        right += sum(text == p.answer for text, p in zip(texts, part, strict=True))
-    return right / count
-
-
 def write_card(out: Path, facts: dict[str, Any]) -> None:
     """README.md and training.json beside the weights: how the model was made, what it can do."""
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in facts["accuracy"].items())
     versions = ", ".join(f"{name} {value}" for name, value in facts["versions"].items())
+    took = f"{facts['minutes']:.1f} minutes ({facts['core_minutes']:.1f} of a core)"
     (out / "README.md").write_text(
         f"""# The small base model
 A character-level Llama of {facts["parameters"]:,} parameters (four layers, width 128, heads of 32,
@@ -193,8 +175,9 @@ a systematic shortcut (45 %), and an expert has something to bring out. The cate
 the package.
 
 Made by `{facts["command"]}`
-in {facts["minutes"]:.1f} minutes on {facts["threads"]} threads ({facts["machine"]}; {versions}):
-{facts["steps"]} steps of {facts["rows"]} rows, loss over the last 100 steps {facts["loss"]:.4f}.
+in {took} on {facts["threads"]} threads
+({facts["machine"]}; {versions}): {facts["steps"]} steps of
+{facts["rows"]} rows, loss over the last 100 steps {facts["loss"]:.4f}.
 The same command, versions, number of threads and kind of machine give the same file; others give
 an equal model, not equal bits.
 
@@ -211,12 +194,14 @@ Greedy accuracy on {facts["problems"]} held-out problems each ("category": asked
 
 def make(out: Path, seed: int, steps: int, rows: int, peak_lr: float, count: int = 512) -> None:
     """Train, measure and save to `out`."""
-    start = time.time()
+    start, start_cpu = time.time(), time.process_time()
     model, tokenizer, losses = train(seed, steps, rows, peak_lr)
     minutes = (time.time() - start) / 60
+    core_minutes = (time.process_time() - start_cpu) / 60
     model = model.to(torch.bfloat16).eval()
     names = [*SKILLS, OTHER.name, category.NAME]
-    accuracy = {name: greedy_accuracy(model, tokenizer, name, count) for name in names}
+    tests = {name: problems(name, count, "test") for name in names}
+    scores = {name: evaluate(model, tokenizer, test, 9) for name, test in tests.items()}
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     facts = {
@@ -229,6 +214,7 @@ def make(out: Path, seed: int, steps: int, rows: int, peak_lr: float, count: int
         "parameters": model.num_parameters(),
         "loss": sum(losses[-100:]) / len(losses[-100:]),
         "minutes": minutes,
+        "core_minutes": core_minutes,
         "threads": torch.get_num_threads(),
         "machine": _processor(),
         "versions": {
@@ -237,7 +223,7 @@ def make(out: Path, seed: int, steps: int, rows: int, peak_lr: float, count: int
             "transformers": transformers.__version__,
         },
         "problems": count,
-        "accuracy": accuracy,
+        "accuracy": {name: score.accuracy for name, score in scores.items()},
     }
     write_card(out, facts)
     print(json.dumps(facts, indent=1))

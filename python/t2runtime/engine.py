@@ -50,6 +50,19 @@ class TwoPass:
     classifier: str | None = None
     mixtures: Mapping[str, Mixture] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        needed = {} if self.classifier is None else {self.classifier: "the classifier"}
+        for category in self.categories.names:
+            mixture = self.mixture_of(category)
+            experts = [mixture] if isinstance(mixture, str) else list(mixture or ())
+            needed |= dict.fromkeys(experts, f"category {category!r}")
+        for name, use in needed.items():
+            if name not in self.bank.names:
+                raise ValueError(
+                    f"{use} needs expert {name!r}, the bank has {', '.join(self.bank.names)}. "
+                    "Add it, or say mixtures={category: None} for a category that the base answers."
+                )
+
     def mixture_of(self, category: str) -> Mixture:
         """The mixture that a category stands for; "other" always means the base weights."""
         if category == self.categories.other:

@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,9 +63,18 @@ def test_a_reply_outside_the_list_means_the_base() -> None:
     assert categories.read("I think CODE, or math") == "code"
     assert categories.read("mathematics") == "other"
     assert categories.read("") == "other"
-    engine = TwoPass(None, None, None, categories, None, {"other": "math"})
+    bank = SimpleNamespace(names=["math", "code"])
+    engine = TwoPass(None, None, bank, categories, None, {"other": "math"})
     assert engine.mixture_of("other") is None, "nothing can redirect the base"
     assert engine.mixture_of("math") == "math"
+
+
+def test_a_missing_expert_is_no_silent_base() -> None:
+    categories, bank = Categories(("math", "code")), SimpleNamespace(names=["math"])
+    with pytest.raises(ValueError, match="category 'code' needs expert 'code'"):
+        TwoPass(None, None, bank, categories)
+    with pytest.raises(ValueError, match="the classifier needs expert 'sorter'"):
+        TwoPass(None, None, bank, categories, "sorter", {"code": None})
 
 
 def test_the_prompt_names_every_category() -> None:

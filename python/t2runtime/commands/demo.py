@@ -33,5 +33,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> str:
     """The verdict."""
+    plot = f", plot in {result['plot']}" if result.get("plot") else ""
     verdict = "passed" if result["passed"] else "FAILED"
-    return f"\ndemo {verdict} in {result['seconds']:.0f} s; results and plot in {result['out']}"
+    return f"\ndemo {verdict} in {result['seconds']:.0f} s; results in {result['out']}{plot}"
