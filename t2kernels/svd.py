@@ -8,12 +8,13 @@ cheap probe estimates ‖UΣVᵀ − W‖_F, and an fp32 result that misses its 
 from __future__ import annotations
 
 import hashlib
-import logging
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .lapack import thin_svd
 
 __all__ = [
     "Accuracy",
@@ -25,19 +26,8 @@ __all__ = [
     "reconstruct",
 ]
 
-logger = logging.getLogger(__name__)
-
-# Bounds promised by `decompose` for factors stored in fp32, as norms relative to ‖W‖_F.
-FP32_RELATIVE_ERROR = 5e-6
-FP32_ORTHOGONALITY = 1e-5
-# The probe estimates the error within a few per cent; redo in fp64 a little before the bound.
-_PROBE_MARGIN = 0.9
-_PROBES = 16
 # Rows handled at a time by accuracy and fingerprint: a few tens of MiB for the widest layers.
 _CHUNK_ELEMENTS = 1 << 22
-# Entries this close to the largest of a column count as tied, so that structured matrices, whose
-# entries tie exactly, get the same sign on every machine.
-_TIE = 1e-3
 _PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -132,7 +122,7 @@ def decompose(
             unknown precision.
         RuntimeError: LAPACK did not converge even in fp64.
 
-    Cost: about 22·m·n·r FLOP and 4 copies of the weight in the precision used.
+    Cost: LAPACK's gesdd; memory at its peak: see ``decompose_checkpoint``.
 
     >>> import torch
     >>> f = decompose(torch.tensor([[3.0, 0.0], [0.0, -4.0], [0.0, 0.0]]))
@@ -168,14 +158,18 @@ def decompose(
             "Is the checkpoint damaged, or was it cast to fp16 out of range?"
         )
     compute = torch.float64 if dtype == torch.float64 else _PRECISIONS[precision]
-    U, S, Vh = _svd(source, compute)
-    # U diag(s) is unchanged in product with Vh when a column of U and the row of Vh flip together.
-    signs = _signs(U)
+    U, S, Vh = thin_svd(source, compute)
     factors = SVDFactors(
-        (U[:, :rank] * signs[:rank]).to(dtype).contiguous(),
+        U[:, :rank].to(dtype).contiguous(),
         S[:rank].to(_sigma_dtype(dtype)).contiguous(),
-        (Vh[:rank] * signs[:rank, None]).to(dtype).contiguous().t(),
+        Vh[:rank].to(dtype).contiguous().t(),
     )
+    if not bool(torch.isfinite(factors.S).all()):
+        raise ValueError(
+            f"decompose: the singular values of a weight of shape {(m, n)} overflow fp32 "
+            f"(entries up to {float(source.abs().max()):.1e}). Scale the weight, or use "
+            "dtype=torch.float64."
+        )
     return factors if place == target else factors.to(target)
 
 
@@ -219,30 +213,18 @@ def accuracy(weight: Tensor, factors: SVDFactors, *, precision: str = "fp64") ->
             f"say, got {tuple(weight.shape)}."
         )
     dtype = _PRECISIONS[precision]
-    # On a device without fp64 the measurement moves to the CPU.
-    place = (
-        U.device
-        if dtype == torch.float32 or U.device.type in ("cpu", "cuda")
-        else torch.device("cpu")
-    )
+    # A device without fp64 (mps) is left for the CPU.
+    place = U.device if U.device.type in ("cpu", "cuda") else torch.device("cpu")
     U, S, V = (t.to(place) for t in factors)
     W = weight.detach().to(place)
     # Scaled by the largest entry, so that squares neither overflow nor vanish.
-    largest = float(W.abs().max())
-    unit = largest if largest > 0 else 1.0
-    Vh, d = (
-        V.t().to(dtype),
-        (S.double() / unit).to(dtype) if dtype == torch.float64 else S.to(dtype) / unit,
-    )
+    unit = float(W.abs().max()) or 1.0
+    Vh, d = V.t().to(dtype), (S.double() / unit).to(dtype)
     error = norm = 0.0
     step = max(1, _CHUNK_ELEMENTS // max(1, W.shape[1]))
     for start in range(0, W.shape[0], step):
         rows = W[start : start + step].to(dtype) / unit
-        norm += (
-            float(rows.double().square().sum())
-            if place.type != "mps"
-            else float(rows.square().sum())
-        )
+        norm += float(rows.square().sum())
         rows = torch.addmm(rows, U[start : start + step].to(dtype) * d, Vh, beta=-1)
         error += float(rows.square().sum())
     relative = (error / norm) ** 0.5 if norm > 0 else error**0.5
@@ -327,85 +309,6 @@ def fingerprint(weight: Tensor) -> str:
         chunk = rows[start : start + step].to(torch.bfloat16).contiguous().cpu()
         digest.update(chunk.view(torch.int16).numpy().astype("<i2", copy=False).data)
     return digest.hexdigest()[:32]
-
-
-def _svd(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """U (m, r), S (r,), Vh (r, n) in ``dtype``, or in fp64 where fp32 misses its bounds."""
-    try:
-        U, S, Vh = _lapack(weight.to(dtype))
-    except torch.linalg.LinAlgError as error:
-        if dtype == torch.float64:
-            raise RuntimeError(
-                f"decompose: the SVD of a {tuple(weight.shape)} weight did not converge: {error}"
-            ) from error
-        logger.info("fp32 SVD of %s did not converge, repeating in fp64", tuple(weight.shape))
-        return _svd(weight, torch.float64)
-    if dtype == torch.float64:
-        return U, S, Vh
-    error_, orthogonality = _probe(weight, U, S, Vh)
-    if (
-        error_ <= _PROBE_MARGIN * FP32_RELATIVE_ERROR
-        and orthogonality <= _PROBE_MARGIN * FP32_ORTHOGONALITY
-    ):
-        return U, S, Vh
-    logger.info(
-        "fp32 SVD of %s has relative error %.1e, orthogonality %.1e: repeating in fp64",
-        tuple(weight.shape),
-        error_,
-        orthogonality,
-    )
-    return _svd(weight, torch.float64)
-
-
-def _lapack(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of the tall orientation: LAPACK's gesdd takes 2.5 x longer on the wide one."""
-    tall = A.shape[0] >= A.shape[1]
-    U, S, Vh = torch.linalg.svd(A if tall else A.t(), full_matrices=False)
-    return (U, S, Vh) if tall else (Vh.t(), S, U.t())
-
-
-def _probe(weight: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> tuple[float, float]:
-    """Estimates ‖UΣVᵀ−W‖_F/‖W‖_F by random vectors and max|UᵀU−I| by its diagonal.
-
-    E‖(UΣVᵀ−W)g‖² = ‖UΣVᵀ−W‖_F² for g ~ N(0, I): a few thin products instead of a full one.
-    """
-    # Its own generator: the caller's random numbers stay as they were.
-    g = torch.randn(
-        weight.shape[1], _PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
-    g = g.to(weight.device)
-    largest = float(weight.abs().max())
-    if largest == 0:
-        return 0.0, _column_error(U, Vh)
-    error = norm = 0.0
-    right = (S.double() / largest)[:, None] * _matmul64(Vh, g)
-    step = max(1, _CHUNK_ELEMENTS // weight.shape[1])
-    for start in range(0, weight.shape[0], step):
-        rows = weight[start : start + step].double() / largest
-        norm += float(rows.square().sum())
-        error += float((U[start : start + step].double() @ right - rows @ g).square().sum())
-    return (error / _PROBES / norm) ** 0.5, _column_error(U, Vh)
-
-
-def _matmul64(A: Tensor, B: Tensor) -> Tensor:
-    """A @ B in fp64 with A converted by chunks of rows."""
-    step = max(1, _CHUNK_ELEMENTS // A.shape[1])
-    return torch.cat([A[i : i + step].double() @ B for i in range(0, A.shape[0], step)])
-
-
-def _column_error(U: Tensor, Vh: Tensor) -> float:
-    """max |1 − ‖column‖²|: where gesdd loses orthogonality it loses it here first."""
-    u, v = torch.linalg.vector_norm(U, dim=0), torch.linalg.vector_norm(Vh, dim=1)
-    return max(float((u * u - 1).abs().max()), float((v * v - 1).abs().max()))
-
-
-def _signs(U: Tensor) -> Tensor:
-    """(r,) of ±1 that make the first (nearly) largest entry of each column of U positive."""
-    size = U.abs()
-    # argmax gives the first of equal values.
-    row = (size >= size.amax(dim=0) * (1 - _TIE)).to(torch.uint8).argmax(dim=0)
-    lead = U.gather(0, row[None]).squeeze(0)
-    return torch.where(lead < 0, -1.0, 1.0).to(U.dtype)
 
 
 def _orthogonality(Q: Tensor) -> float:

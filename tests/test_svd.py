@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from t2kernels import svd
+from t2kernels import lapack, svd
 from t2kernels.svd import (
     SVDFactors,
     accuracy,
@@ -153,26 +153,34 @@ def test_random_state_and_gradients_are_left_alone() -> None:
 
 
 def test_a_bad_fp32_result_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, lapack, seen = _random(32, 20), svd._lapack, []
+    weight, gesdd, seen = _random(32, 20), lapack._gesdd, []
 
     def sloppy(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         seen.append(A.dtype)
-        U, S, Vh = lapack(A)
+        U, S, Vh = gesdd(A)
         if A.dtype == torch.float64:
             return U, S, Vh
-        # Rotated by 1e-5 only: orthogonal, but the residual is off.
+        # Orthogonal, but W is missed by 1e-5.
         return U, S * (1 + 1e-5), Vh
 
-    monkeypatch.setattr(svd, "_lapack", sloppy)
+    monkeypatch.setattr(lapack, "_gesdd", sloppy)
     _check(weight, decompose(weight), 1e-7)
     assert seen == [torch.float32, torch.float64]
+
+
+def test_lost_orthogonality_is_seen() -> None:
+    Q = torch.linalg.qr(_random(50, 30))[0]
+    assert lapack._skew(Q) <= 1e-6
+    assert lapack._skew(Q * (1 + 1e-5)) == pytest.approx(2e-5, rel=0.1)
+    Q[:, 11] += 2e-5 * Q[:, 9]
+    assert lapack._skew(Q) == pytest.approx(2e-5, rel=0.1)
 
 
 def test_no_convergence(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(A: torch.Tensor) -> None:
         raise torch.linalg.LinAlgError("no convergence")
 
-    monkeypatch.setattr(svd, "_lapack", fails)
+    monkeypatch.setattr(lapack, "_gesdd", fails)
     with pytest.raises(RuntimeError, match=r"\(4, 3\) weight did not converge"):
         decompose(torch.ones(4, 3))
 
@@ -218,6 +226,7 @@ def test_fingerprint_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     factors = decompose(weight)
     reached = accuracy(weight, factors)
     monkeypatch.setattr(svd, "_CHUNK_ELEMENTS", 20)
+    monkeypatch.setattr(lapack, "_CHUNK_ELEMENTS", 20)
     assert fingerprint(weight) == mark
     assert accuracy(weight, factors).relative_error == pytest.approx(reached.relative_error)
     assert torch.equal(decompose(weight).U, factors.U)
@@ -236,6 +245,7 @@ def test_fingerprint_streams(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.ones(4, 4, device="meta"), ValueError, "meta device"),
         (torch.tensor([[1.0, float("nan")]]), ValueError, "inf or NaN"),
         (torch.tensor([[1.0, float("inf")]]), ValueError, "inf or NaN"),
+        (torch.full((4, 4), 3e38), ValueError, "overflow fp32"),
         ([[1.0]], TypeError, "list"),
     ],
 )
