@@ -1,24 +1,24 @@
 """Compile the Triton kernels for a GPU that is not here, and read the facts off the code.
 
-Run as a program it prints one line per kernel: ``python tests/ops/triton_aot.py [90 80]``. Used
-by ``test_triton_compile.py``, which asserts on the same facts.
+    python tests/ops/triton_aot.py [--few] [--json] [80 90]
+
+prints one line per kernel as it ships; ``--few`` takes the subset on which
+``test_triton_compile.py`` asserts.
 """
 
 from __future__ import annotations
 
-import os
+import argparse
+import json
 import re
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-# Shared memory one block may use, in bytes (CUDA C programming guide, compute capabilities).
-SHARED_LIMIT = {80: 166912, 90: 232448}
 POINTER = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "int8": "*i8"}
 # Arguments that any real layer passes as multiples of 16.
 ALIGNED = {"stride_x", "stride_g", "stride_d", "IN", "INNER", "OUT", "R", "COLS",
@@ -36,10 +36,11 @@ class Case:
     arch: int = 90
     slots: bool = False
     int8: bool = False
+    even: bool = True  # the inner size is a multiple of the tile's
 
     @property
     def name(self) -> str:
-        marks = ["slots"] * self.slots + ["int8"] * self.int8
+        marks = ["slots"] * self.slots + ["int8"] * self.int8 + ["uneven"] * (not self.even)
         return "-".join([self.kernel, self.dtype, self.tile, f"sm_{self.arch}", *marks])
 
 
@@ -74,7 +75,7 @@ def _arguments(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], dict[st
     constants: dict[str, Any]
     if case.kernel in ("finalise", "mix", "mix_gradient"):
         floats = ("partial_ptr", "out_ptr", "s_ptr", "z_ptr", "alpha_ptr", "grad_ptr")
-        types = {name: "*fp32" for name in floats}
+        types = dict.fromkeys(floats, "*fp32")
         types["slot_ptr"] = slot
         types["scale_ptr"] = "*fp32"
         for name in ("index_ptr", "row_ptr"):
@@ -90,7 +91,7 @@ def _arguments(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], dict[st
             "mix": _mix.mix_kernel,
             "mix_gradient": _mix.mix_gradient_kernel,
         }[case.kernel]
-        launch = {"num_warps": 4, **config.FUSION}
+        launch = config.SMALL
     else:
         assert tile is not None
         constants = {
@@ -99,7 +100,7 @@ def _arguments(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], dict[st
             "BLOCK_OUT": tile.outputs,
             "BLOCK_INNER": tile.inner,
             "CHUNK": tile.chunk,
-            "EVEN_INNER": True,
+            "EVEN_INNER": case.even,
             "WEIGHTS_FIRST": tile.weights_first,
             "GROUP": config.GROUP,
             "UPCAST": False,
@@ -187,48 +188,77 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"([A-Z]+)(?:\[\d+\])?:(\d+)", line)}
 
 
-def _cases_of(arch: int) -> list[Case]:
-    cases = []
-    for tile in ("LARGE", "MEDIUM", "DECODE_16", "DECODE_32", "DECODE_64"):
-        cases += [Case("project", "bf16", tile, arch, slots) for slots in (False, True)]
-        cases += [Case("gradient", "bf16", tile, arch, slots) for slots in (False, True)]
-        cases += [Case(kernel, "bf16", tile, arch) for kernel in ("expand", "expand_t")]
-    for tile in ("LARGE", "DECODE_16"):
-        cases.append(Case("project", "fp16", tile, arch, True))
-        cases.append(Case("expand", "fp16", tile, arch))
-    for tile in ("LARGE_INT8", "MEDIUM", "DECODE_16", "DECODE_32", "DECODE_64"):
-        cases.append(Case("project", "bf16", tile, arch, True, int8=True))
-        cases.append(Case("expand", "bf16", tile, arch, int8=True))
-        cases.append(Case("gradient", "bf16", tile, arch, True, int8=True))
-        cases.append(Case("expand_t", "bf16", tile, arch, int8=True))
-    for tile in ("FP32", "FP32_LARGE", "DECODE_FP32"):
-        cases.append(Case("project", "fp32", tile, arch, True))
-        cases.append(Case("expand", "fp32", tile, arch))
-        cases.append(Case("gradient", "fp32", tile, arch, True))
-        cases.append(Case("gradient", "fp32", tile, arch, False))
-        cases.append(Case("expand_t", "fp32", tile, arch))
-    for slots in (False, True):
+def large(arch: int) -> str:
+    """The name of the largest 16-bit tile that fits the GPU."""
+    return "LARGE" if arch >= 90 else "LARGE_SM80"
+
+
+def few_cases(arch: int) -> list[Case]:
+    """Each kernel in the tiles that strain registers and shared memory most."""
+    big = large(arch)
+    cases = [
+        Case("project", "bf16", big, arch, slots=True),
+        Case("project", "fp16", big, arch, slots=True, even=False),
+        Case("gradient", "bf16", big, arch, slots=True),
+        Case("gradient", "bf16", big, arch),
+        Case("expand", "bf16", big, arch),
+        Case("expand_t", "fp16", big, arch),
+        Case("project", "bf16", "DECODE_16", arch, slots=True),
+        Case("expand", "fp16", "DECODE_64", arch),
+        Case("project", "bf16", "LARGE_INT8", arch, slots=True, int8=True),
+        Case("project", "fp32", "FP32_LARGE", arch, slots=True),
+        Case("gradient", "fp32", "FP32", arch, slots=True),
+        Case("finalise", "fp32", "-", arch, slots=True),
+        Case("mix", "fp32", "-", arch, slots=True),
+    ]
+    if arch >= 90:
         cases += [
-            Case(kernel, "fp32", "-", arch, slots) for kernel in ("finalise", "mix", "mix_gradient")
+            Case("project", "bf16", "MEDIUM", arch, slots=True),
+            Case("gradient", "bf16", "DECODE_64", arch, slots=True),
+            Case("expand", "bf16", "DECODE_32", arch),
+            Case("expand", "bf16", "DECODE_16", arch, int8=True),
+            Case("mix_gradient", "fp32", "-", arch, slots=True),
         ]
     return cases
 
 
-def compile_all(cases: list[Case], workers: int = 2) -> dict[Case, Facts]:
-    """Facts of every case, compiled in fresh processes (never the interpreter's)."""
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return dict(zip(cases, pool.map(facts, cases), strict=True))
+def all_cases(arch: int) -> list[Case]:
+    """Every kernel in every tile that ships for it."""
+    products = [("project", False), ("project", True), ("gradient", False), ("gradient", True)]
+    products += [("expand", False), ("expand_t", False)]
+    cases = []
+    for kernel, slots in products:
+        for tile in (large(arch), "MEDIUM", "DECODE_16", "DECODE_32", "DECODE_64"):
+            for dtype in ("bf16", "fp16"):
+                cases.append(Case(kernel, dtype, tile, arch, slots))
+            cases.append(Case(kernel, "bf16", tile, arch, slots, even=False))
+        for tile in ("LARGE_INT8", "MEDIUM_INT8", "DECODE_16", "DECODE_32", "DECODE_64"):
+            cases.append(Case(kernel, "bf16", tile, arch, slots, int8=True))
+        for tile in ("FP32", "FP32_LARGE", "DECODE_FP32"):
+            cases.append(Case(kernel, "fp32", tile, arch, slots))
+    for kernel in ("finalise", "mix", "mix_gradient"):
+        cases += [Case(kernel, "fp32", "-", arch, slots) for slots in (False, True)]
+    return cases
 
 
 def main() -> None:
-    archs = [int(a) for a in sys.argv[1:]] or [90, 80]
-    cases = [case for arch in archs for case in _cases_of(arch)]
-    for case, f in compile_all(cases).items():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("arch", nargs="*", type=int, default=[80, 90])
+    parser.add_argument("--few", action="store_true", help="the subset that the test asserts on")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    options = parser.parse_args()
+    choose = few_cases if options.few else all_cases
+    cases = [case for arch in options.arch for case in choose(arch)]
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        results = dict(zip(cases, pool.map(facts, cases)))
+    if options.json:
+        print(json.dumps({case.name: asdict(case) | asdict(f) for case, f in results.items()}))
+        return
+    for case, f in results.items():
         print(
-            f"{case.name:44s} shared {f.shared:6d} regs {f.registers:3d} stack {f.stack:4d} "
-            f"local {f.local:3d} wgmma {f.wgmma:3d} mma.sync {f.mma_sync:3d} "
-            f"cp.async {f.cp_async:3d}",
-            flush=True,
+            f"{case.name:46s} shared {f.shared:6d} registers {f.registers:3d} "
+            f"stack {f.stack:3d} local {f.local:3d} wgmma {f.wgmma:3d} "
+            f"mma.sync {f.mma_sync:3d} cp.async {f.cp_async:3d}"
         )
 
 

@@ -99,9 +99,7 @@ def forward(
     """y = ((x V) ⊙ d_row) Uᵀ + bias and, with ``save_h``, x V: see ``ops/reference.py``."""
     from ._forward import forward as run
 
-    return run(
-        x, U, V, d, base, slot, bias, scale, save_h=save_h, batch_invariant=batch_invariant
-    )
+    return run(x, U, V, d, base, slot, bias, scale, save_h=save_h, batch_invariant=batch_invariant)
 
 
 def backward(
@@ -138,9 +136,7 @@ def mix(
     """D[s] = S ⊙ (1 + Σ_k α[s, k] (Z[k] − 1)) for all layers in one launch: see ``_mix.mix``."""
     from ._mix import mix as run
 
-    return run(
-        S, Z, alpha, indices=indices, rows=rows, offsets=offsets, longest=longest, out=out
-    )
+    return run(S, Z, alpha, indices=indices, rows=rows, offsets=offsets, longest=longest, out=out)
 
 
 def mix_backward(

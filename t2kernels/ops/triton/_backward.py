@@ -4,6 +4,9 @@ The epilogue of g U meets the saved h while gu is still in registers, so gu itse
 through memory. Every sum over tokens is taken in a fixed order; there are no atomics.
 """
 
+# Kernel arguments are typed by Triton, at the launch.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import torch
@@ -11,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._forward import expand, project
 from .common import config
 from .common.tiles import diagonal_tile, halves, product_tile, store_tile, tile_index
-from ._forward import expand, project
 
 # Tokens per step and columns per program of the two reductions.
 REDUCE_ROWS = 32
@@ -99,9 +102,7 @@ def gradient_kernel(
 ):
     """gu = g U and what follows from it. One program per (BLOCK_T tokens, BLOCK_OUT columns of
     gu)."""
-    tile_t, tile_r = tile_index(
-        tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(R, BLOCK_OUT), GROUP
-    )
+    tile_t, tile_r = tile_index(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(R, BLOCK_OUT), GROUP)
     t = tile_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     r_first = tile_r.to(tl.int64) * BLOCK_OUT
     acc = product_tile(
@@ -161,7 +162,7 @@ def finalise(partial: Tensor, out: Tensor, slot: Tensor | None, scale: Tensor | 
     with config.on_device(partial):
         finalise_kernel[(triton.cdiv(cols, REDUCE_COLS), slots)](
             partial, partial.stride(0), slot, scale, out, out.stride(0) if per_slot else 0,
-            rows, cols, BLOCK_ROWS=REDUCE_ROWS, BLOCK_COLS=REDUCE_COLS, num_warps=4, **config.FUSION,
+            rows, cols, BLOCK_ROWS=REDUCE_ROWS, BLOCK_COLS=REDUCE_COLS, **config.SMALL,
         )  # fmt: skip
 
 
@@ -197,23 +198,22 @@ def backward(
 
     tile = config.choose(T, R, g, U)
     gud = torch.empty((T, R), dtype=x.dtype, device=x.device) if need_dx else None
-    product = partial = None
+    summands = None
     if need_dd:
         if h is None:
             h = torch.empty((T, R), dtype=x.dtype, device=x.device)
             project(x, V, d, base, slot, scale, h=h, hd=None)
-        if slot is None:
-            shape = (triton.cdiv(T, tile.tokens), R)
-            partial = torch.empty(shape, dtype=d.dtype, device=d.device)
-        else:
-            product = torch.empty((T, R), dtype=d.dtype, device=d.device)
+        # One row per token tile, or per token where tokens of a tile may differ in their slot.
+        rows = T if slot is not None else triton.cdiv(T, tile.tokens)
+        summands = torch.empty((rows, R), dtype=d.dtype, device=d.device)
     with config.on_device(g):
         gradient_kernel[config.grid(tile, T, R)](
             g, g.stride(0), U, d, d.stride(0) if d.dim() == 2 else 0, base, slot, scale,
-            h if need_dd else None, gud, product, partial,
+            h if need_dd else None, gud,
+            None if slot is None else summands, summands if slot is None else None,
             T, OUT, R, **config.constants(tile, g, OUT), CHUNK=tile.chunk, **config.options(tile),
         )  # fmt: skip
-    if dd is not None:
-        finalise(partial if product is None else product, dd, slot, scale)
+    if dd is not None and summands is not None:
+        finalise(summands, dd, slot, scale)
     dx = None if gud is None else expand(gud, V.t(), None, transposed=True)
     return dx, dd

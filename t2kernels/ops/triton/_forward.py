@@ -4,6 +4,9 @@ The first product's epilogue applies the diagonal, so that h = x V is rounded on
 through memory once. See README.md for the derivation and for what each grid means.
 """
 
+# Kernel arguments are typed by Triton, at the launch.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import torch
@@ -82,9 +85,7 @@ def project_kernel(
 ):
     """h = x V, hd = h ⊙ d_row. One program per (BLOCK_T tokens, BLOCK_OUT columns of h); any
     tile may mix requests, and the grid depends on T alone."""
-    tile_t, tile_r = tile_index(
-        tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(R, BLOCK_OUT), GROUP
-    )
+    tile_t, tile_r = tile_index(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(R, BLOCK_OUT), GROUP)
     t = tile_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     r_first = tile_r.to(tl.int64) * BLOCK_OUT
     acc = product_tile(
@@ -206,4 +207,3 @@ def forward(
     project(x, V, d, base, slot, scale, h=h, hd=hd, batch_invariant=batch_invariant)
     y = expand(hd, U, bias, transposed=False, batch_invariant=batch_invariant)
     return y, h
-

@@ -4,6 +4,9 @@ The columns of all layers lie side by side (R = Σ r). A mixture touches the row
 given and no others, so admitting a request to a running batch is one small launch.
 """
 
+# Kernel arguments are typed by Triton, at the launch.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import torch
@@ -19,8 +22,9 @@ MIX_COLS = 1024
 
 
 @triton.jit
-def columns(offsets_ptr, R, BLOCK: tl.constexpr):
-    """The columns of this program, (BLOCK,), and which of them lie in its layer."""
+def columns(offsets_ptr, row, R, BLOCK: tl.constexpr):
+    """The columns of this program, (BLOCK,), and the end of its layer; for row -1 an end that
+    leaves no column."""
     if offsets_ptr is None:
         first = tl.full((), 0, tl.int64)
         stop = first + R
@@ -28,7 +32,7 @@ def columns(offsets_ptr, R, BLOCK: tl.constexpr):
         first = tl.load(offsets_ptr + tl.program_id(2)).to(tl.int64)
         stop = tl.load(offsets_ptr + tl.program_id(2) + 1).to(tl.int64)
     c = first + tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    return c, c < stop
+    return c, tl.where(row >= 0, stop, 0)
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -48,25 +52,23 @@ def mix_kernel(
 ):
     """One program per (row of alpha, BLOCK columns, layer); experts are added in the order of
     their columns in alpha. An expert of weight 0 is not read."""
-    i = tl.program_id(0)
+    i = tl.program_id(0).to(tl.int64)
     row = i
     if row_ptr is not None:
-        row = tl.load(row_ptr + i)
-    c, inside = columns(offsets_ptr, R, BLOCK)
-    inside = inside & (row >= 0)
+        row = tl.load(row_ptr + i).to(tl.int64)
+    c, stop = columns(offsets_ptr, row, R, BLOCK)
+    inside = c < stop
     z = tl.full((BLOCK,), 1, dtype=out_ptr.dtype.element_ty)
-    line = (i.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * K
-    for k in range(0, K):
-        expert = k
+    line = (i * tl.num_programs(2) + tl.program_id(2)) * K
+    for k in range(K):
+        expert = tl.full((), 0, tl.int64) + k
         if index_ptr is not None:
-            expert = tl.load(index_ptr + i.to(tl.int64) * K + k)
+            expert = tl.load(index_ptr + i * K + k).to(tl.int64)
         alpha = tl.load(alpha_ptr + line + k)
         if (alpha != 0) & (expert >= 0):
-            start = tl.full((), 0, tl.int64) + expert
-            z += alpha * (tl.load(z_ptr + start * stride_z + c, mask=inside, other=1) - 1)
-    start = tl.full((), 0, tl.int64) + row
+            z += alpha * (tl.load(z_ptr + expert * stride_z + c, mask=inside, other=1) - 1)
     s = tl.load(s_ptr + c, mask=inside, other=0)
-    tl.store(out_ptr + start * stride_out + c, s * z, mask=inside)
+    tl.store(out_ptr + row * stride_out + c, s * z, mask=inside)
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -86,24 +88,22 @@ def mix_gradient_kernel(
 ):
     """partial[b, i, l, k] = Σ_{columns of block b} dD ⊙ S ⊙ (Z[k] − 1). Grid as in
     ``mix_kernel``; a block beyond its layer's end writes 0."""
-    i = tl.program_id(0)
+    i = tl.program_id(0).to(tl.int64)
     row = i
     if row_ptr is not None:
-        row = tl.load(row_ptr + i)
-    c, inside = columns(offsets_ptr, R, BLOCK)
-    inside = inside & (row >= 0)
-    start = tl.full((), 0, tl.int64) + tl.where(row >= 0, row, 0)
-    weight = tl.load(grad_ptr + start * stride_grad + c, mask=inside, other=0)
+        row = tl.load(row_ptr + i).to(tl.int64)
+    c, stop = columns(offsets_ptr, row, R, BLOCK)
+    inside = c < stop
+    weight = tl.load(grad_ptr + row * stride_grad + c, mask=inside, other=0)
     weight *= tl.load(s_ptr + c, mask=inside, other=0)
     line = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + i
     line = (line * tl.num_programs(2) + tl.program_id(2)) * K
-    for k in range(0, K):
-        expert = k
+    for k in range(K):
+        expert = tl.full((), 0, tl.int64) + k
         if index_ptr is not None:
-            expert = tl.load(index_ptr + i.to(tl.int64) * K + k)
-        here = inside & (expert >= 0)
-        start = tl.full((), 0, tl.int64) + tl.where(expert >= 0, expert, 0)
-        z = tl.load(z_ptr + start * stride_z + c, mask=here, other=1)
+            expert = tl.load(index_ptr + i * K + k).to(tl.int64)
+        here = c < tl.where(expert >= 0, stop, 0)
+        z = tl.load(z_ptr + expert * stride_z + c, mask=here, other=1)
         tl.store(partial_ptr + line + k, tl.sum(weight * (z - 1), axis=0))
 
 
@@ -217,7 +217,7 @@ def mix(
     with config.on_device(S):
         mix_kernel[grid](
             S, Z, Z.stride(0), alpha.contiguous(), _contiguous(indices), _contiguous(rows),
-            offsets, out, out.stride(0), K, R, BLOCK=MIX_COLS, num_warps=4, **config.FUSION,
+            offsets, out, out.stride(0), K, R, BLOCK=MIX_COLS, **config.SMALL,
         )  # fmt: skip
     return out
 
@@ -255,7 +255,7 @@ def mix_backward(
     with config.on_device(S):
         mix_gradient_kernel[(count, blocks, layers)](
             dD, dD.stride(0), S, Z, Z.stride(0), _contiguous(indices), _contiguous(rows),
-            offsets, partial, K, R, BLOCK=MIX_COLS, num_warps=4, **config.FUSION,
+            offsets, partial, K, R, BLOCK=MIX_COLS, **config.SMALL,
         )  # fmt: skip
     finalise(partial, dalpha.view(-1), None, None)
     return dalpha

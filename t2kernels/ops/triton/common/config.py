@@ -37,12 +37,15 @@ DECODE_16 = Tile(16, 32, 128, 4, 5, weights_first=True)
 DECODE_32 = Tile(32, 64, 128, 4, 4, weights_first=True)
 DECODE_64 = Tile(64, 64, 128, 4, 4, weights_first=True)
 MEDIUM = Tile(64, 128, 64, 4, 4)
-LARGE = Tile(128, 256, 64, 8, 3, chunk=32)
-# int8 weights pass through registers on their way to the activations' dtype: a smaller tile.
+LARGE = Tile(128, 256, 64, 8, 4, chunk=32)
+# LARGE where its buffers do not fit; half the inner step also keeps mma.sync from spilling.
+LARGE_SM80 = Tile(128, 256, 32, 8, 4, chunk=32)
+# int8 weights pass through registers on their way to the activations' dtype: smaller tiles.
+MEDIUM_INT8 = Tile(64, 64, 64, 4, 4)
 LARGE_INT8 = Tile(128, 128, 64, 8, 4, chunk=32)
 # fp32 multiplies on the ordinary cores (IEEE, no tf32): the tile is bounded by registers.
 DECODE_FP32 = Tile(16, 32, 64, 4, 3, weights_first=True)
-FP32 = Tile(64, 64, 32, 4, 3)
+FP32 = Tile(64, 64, 32, 8, 3)
 FP32_LARGE = Tile(128, 128, 16, 8, 3)
 
 # The one configuration of batch-invariant mode, for every T: a row's bits then depend on its own
@@ -50,8 +53,6 @@ FP32_LARGE = Tile(128, 128, 16, 8, 3)
 # compromise between decode (64 outputs: enough programs to read memory) and prefill.
 INVARIANT = DECODE_64
 INVARIANT_FP32 = FP32
-
-SHIPPED = (DECODE_16, DECODE_32, DECODE_64, MEDIUM, LARGE, LARGE_INT8, DECODE_FP32, FP32, FP32_LARGE)
 
 # Programs below which a large tile leaves a big GPU (108 to 148 multiprocessors) idle.
 FEW_PROGRAMS = 96
@@ -61,6 +62,8 @@ GROUP = 8
 # Multiply-add in one rounding, said aloud: Triton 3.9 warns where it is left to the default,
 # which a later version changes.
 FUSION = {"enable_fp_fusion": True}
+# Launch options of the kernels that are not products.
+SMALL: dict[str, Any] = {"num_warps": 4, **FUSION}
 
 # Decided by TRITON_INTERPRET when the kernels were first imported.
 INTERPRETED = not isinstance(tile_index, triton.JITFunction)
@@ -86,18 +89,17 @@ def choose(
         return fit(DECODE_32, shared)
     if tokens <= 64:
         return fit(DECODE_64, shared)
-    large = LARGE_INT8 if weight.dtype == torch.int8 else LARGE
-    return fit(large if _programs(large, tokens, outputs) >= FEW_PROGRAMS else MEDIUM, shared)
+    int8 = weight.dtype == torch.int8
+    large, medium = (LARGE_INT8, MEDIUM_INT8) if int8 else (LARGE, MEDIUM)
+    return fit(large if _programs(large, tokens, outputs) >= FEW_PROGRAMS else medium, shared)
 
 
 def fit(tile: Tile, shared: int) -> Tile:
-    """``tile``, or a smaller relative where its buffers exceed ``shared`` bytes: consumer GPUs
-    (sm_86, sm_89, sm_120) offer 99 KiB a block where sm_80 has 163 and sm_90 227."""
-    if tile_bytes(tile) <= shared:
-        return tile
-    if tile in (LARGE, LARGE_INT8):
-        return fit(MEDIUM, shared)
-    return fit(tile._replace(stages=tile.stages - 1), shared)
+    """``tile``, or a smaller relative where its buffers exceed ``shared`` bytes: sm_90 offers
+    227 KiB a block, sm_80 163, consumer GPUs (sm_86, sm_89, sm_120) 99."""
+    while tile_bytes(tile) > shared and tile.stages > 1:
+        tile = LARGE_SM80 if tile == LARGE else tile._replace(stages=tile.stages - 1)
+    return tile
 
 
 def tile_bytes(tile: Tile) -> int:
@@ -107,7 +109,7 @@ def tile_bytes(tile: Tile) -> int:
 
 @functools.cache
 def _shared_of(index: int) -> int:
-    return int(torch.cuda.get_device_properties(index).shared_memory_per_block_optin)
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def shared_limit(device: torch.device) -> int:

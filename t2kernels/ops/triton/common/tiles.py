@@ -4,6 +4,9 @@ Nothing here is launched by itself; the kernels in ``forward.py`` and ``backward
 pieces plus an epilogue.
 """
 
+# Kernel arguments are typed by Triton, at the launch.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton

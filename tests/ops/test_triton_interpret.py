@@ -1,0 +1,68 @@
+"""Runs ``triton_interpret_cases.py`` in Triton's interpreter, in a process of its own.
+
+Triton decides between compiling and interpreting when a kernel is first imported; a child process
+keeps that decision away from the other tests.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CASES = Path(__file__).with_name("triton_interpret_cases.py")
+
+
+def run(code_or_args: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_"))}
+    return subprocess.run(
+        [sys.executable, *code_or_args],
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        cwd=CASES.parents[2],
+    )
+
+
+# Parts run beside each other under pytest-xdist.
+@pytest.mark.parametrize("part", ["Forward", "Backward", "Mixing", "Contract"])
+def test_in_interpreter(part: str) -> None:
+    pytest.importorskip("triton")
+    result = run(
+        ["-m", "pytest", str(CASES), "-q", "-k", f"Test{part}", "-p", "no:cacheprovider"],
+        TRITON_INTERPRET="1",
+    )
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+
+
+def test_importing_the_backend_imports_no_triton() -> None:
+    code = "import sys, t2kernels, t2kernels.ops.triton; sys.exit('triton' in sys.modules)"
+    result = run(["-c", code])
+    assert result.returncode == 0, result.stderr
+
+
+def test_without_triton_the_backend_says_so() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+from t2kernels.ops import triton as backend
+from t2kernels.testing import make_inputs
+print(backend.unavailable(*make_inputs(2, 3, 4, 3).args()))
+"""
+    result = run(["-c", code])
+    assert result.stdout.strip() == "triton is not installed", result.stderr
+
+
+def test_a_cpu_tensor_is_refused_outside_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    code = """
+from t2kernels.ops import triton as backend
+from t2kernels.testing import make_inputs
+print(backend.unavailable(*make_inputs(2, 3, 4, 3).args()))
+"""
+    result = run(["-c", code])
+    assert "not on a CUDA GPU" in result.stdout, result.stderr
