@@ -144,8 +144,8 @@ def check_targets(names: Iterable[str], targets: Targets) -> None:
 def explain_no_match(targets: Targets, names: Iterable[str]) -> str:
     """What is wrong with the first entry of ``targets`` that asks for none of ``names``.
 
-    >>> explain_no_match("qproj", ["h.0.q_proj"]).split(". ")[1]
-    "Did you mean 'q_proj'?"
+    >>> "Did you mean 'q_proj'?" in explain_no_match("qproj", ["h.0.q_proj"])
+    True
     """
     known = [normalise(name) for name in names]
     if not known:
