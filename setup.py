@@ -80,8 +80,8 @@ def build_dir() -> Path:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Two builds of one folder wait for each other (where the system has file locks)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
         try:
             import fcntl
 
@@ -89,6 +89,16 @@ def locked(folder: Path) -> Iterator[None]:
         except ImportError:
             pass
         yield
+
+
+def drop_foreign_cache(folder: Path) -> None:
+    """CMake refuses a build folder that came along when the source tree was copied or moved."""
+    cache = folder / "CMakeCache.txt"
+    if cache.is_file():
+        text = cache.read_text(errors="replace")
+        places = {"CMAKE_HOME_DIRECTORY": ROOT, "CMAKE_CACHEFILE_DIR": folder}
+        if not all(f"{name}:INTERNAL={path}\n" in text for name, path in places.items()):
+            shutil.rmtree(folder)
 
 
 class FreshBuild(build):
@@ -122,6 +132,7 @@ class CMakeBuild(build_ext):
         ]
         jobs = os.environ.get("T2_BUILD_JOBS") or str(os.cpu_count() or 1)
         with locked(folder):
+            drop_foreign_cache(folder)
             for command in (configure, [cmake, "--build", str(folder), "--parallel", jobs]):
                 if subprocess.run(command).returncode:
                     raise SystemExit(
