@@ -29,6 +29,7 @@ class Config:
     clip: float = 1.0
     rollout: Literal["merged", "factorised"] = "merged"
     validate_every: int = 20
+    stop_at: float | None = None
     validation_problems: int = 128
     rows_per_backward: int = 256
     extract: str = "text"
