@@ -1,0 +1,337 @@
+"""Measure the SVF layer against everything a user could run instead.
+
+    python benchmarks/bench_svf.py --quick
+    python benchmarks/bench_svf.py --json out.json --plot out.png
+    python benchmarks/bench_svf.py --device cuda --shapes 4096x14336 --dtypes bf16 --tokens 1 32
+
+Every line-up runs its contestants in turns in one process; a contestant with a wrong result gets
+no time. README.md beside this file says how to read the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+# Also where Python leaves the script's own folder out of its path (-P, PYTHONSAFEPATH).
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+# The profiler, which the training step uses, would write a line at every start and stop.
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+
+try:
+    import torch
+
+    import t2kernels  # noqa: F401 (only to say clearly that it is missing)
+except ImportError as error:
+    sys.exit(f"bench_svf: {error}. Run it with the Python that t2kernels is installed in.")
+
+import goals
+from ceilings import Bandwidth, environment, matmul_gflops
+from contestants import LineUp, Options, Skipped
+from harness import Contestant, Refused, Samples, Verdict, check, make_timer, measure, ratio
+from layers import Layer
+from plot import draw
+from results import SCHEMA, write
+from shapes import DTYPES_WITH_INT8, Case, Shape, grid, parse_shape, parse_tokens
+from training import measure_training
+
+from t2kernels.testing import relative_error
+
+# Seconds a contestant gets in one line-up and for a training step; minutes a run may take before
+# it stops measuring, writes what it has and says what is missing.
+_SECONDS = {"cpu": 0.25, "cuda": 0.05, "quick": 0.12}
+_TRAINING_SECONDS = {"cpu": 3.0, "cuda": 0.5, "quick": 1.0}
+_MINUTES = {"cpu": 25.0, "cuda": 8.0, "quick": 2.0}
+_TRAINING_TOKENS = 512
+_BANDWIDTH_SAMPLES = 3
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="bench_svf",
+        description="Time the SVF layer against dense, three-op, rebuilt and LoRA layers.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--quick", action="store_true", help="one shape, few token counts, under two minutes")
+    add("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
+    add("--plot", type=Path, metavar="FILE", help="draw the result as a PNG (needs matplotlib)")
+    add("--shapes", type=parse_shape, nargs="+", metavar="INxOUT")
+    add("--dtypes", choices=DTYPES_WITH_INT8, nargs="+")
+    add("--tokens", type=parse_tokens, nargs="+", metavar="T")
+    add("--threads", type=parse_tokens, metavar="N", help="CPU threads; default: torch's own")
+    add("--seconds", type=float, metavar="S", help="for a contestant in a line-up (cpu 0.25)")
+    add("--minutes", type=float, metavar="M", help="start no line-up after this (cpu 25, cuda 8)")
+    add("--no-compile", action="store_true", help="leave the compiled three-op form out")
+    add("--no-peft", action="store_true", help="leave PEFT out")
+    add("--no-training", action="store_true", help="leave the training step out")
+    add("--dry-run", action="store_true", help="list the line-ups and stop")
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments, checked before anything is measured."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available() and not args.dry_run:
+        parser.error("--device cuda: this torch sees no CUDA device")
+    if args.seconds is not None and not 0 < args.seconds < 60:
+        parser.error(f"--seconds must lie between 0 and 60, got {args.seconds}")
+    if args.minutes is not None and not args.minutes > 0:
+        parser.error(f"--minutes must be positive, got {args.minutes}")
+    for path in (args.json, args.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            parser.error(f"the folder of {path} does not exist")
+    if args.plot is not None:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            parser.error("--plot needs matplotlib (pip install matplotlib)")
+    return args
+
+
+def _row(
+    case: Case,
+    contestant: Contestant,
+    verdict: Verdict,
+    own: Samples,
+    ceilings: tuple[float, float],
+) -> dict[str, Any]:
+    """Everything about one contestant but its ratios."""
+    gbs, gflops = ceilings
+    time_s = own.median
+    memory_s, compute_s = contestant.bytes / gbs / 1e9, contestant.flops / gflops / 1e9
+    return {
+        "shape": str(case.shape), "dtype": case.dtype, "tokens": case.tokens,
+        "name": contestant.name, "slots": contestant.slots,
+        "time_us": time_s * 1e6, "p20_us": own.quantile(0.2) * 1e6,
+        "p80_us": own.quantile(0.8) * 1e6,
+        "repetitions": len(own.seconds), "timing": own.timing,
+        "bytes": contestant.bytes, "gbs": contestant.bytes / time_s / 1e9,
+        "gflops": contestant.flops / time_s / 1e9,
+        "percent_of_bandwidth": 100 * memory_s / time_s,
+        "bound": "memory" if memory_s >= compute_s else "matmul",
+        "percent_of_floor": 100 * max(memory_s, compute_s) / time_s,
+        "error": verdict.error, "error_limit": verdict.limit,
+        "same_bits_again": verdict.same_bits_again, "same_bits_alone": verdict.same_bits_alone,
+    }  # fmt: skip
+
+
+def run_case(
+    case: Case,
+    layer: Layer,
+    options: Options,
+    bandwidth: Bandwidth,
+    gflops: float,
+    seconds: float,
+) -> tuple[list[dict[str, Any]], list[Skipped]]:
+    """One line-up: its rows, and who did not take part or was refused."""
+    line_up = LineUp(case, layer, options)
+    accepted: list[tuple[Contestant, Verdict]] = []
+    absent: list[Skipped] = []
+    rows = []
+    for entry in line_up.build():
+        if isinstance(entry, Skipped):
+            absent.append(entry)
+            continue
+        try:
+            accepted.append((entry, check(entry, case.tokens)))
+        except Refused as refusal:
+            rows.append(
+                {"shape": str(case.shape), "dtype": case.dtype, "tokens": case.tokens,
+                 "name": entry.name, "slots": entry.slots, "refused": str(refusal)}
+            )  # fmt: skip
+    contestants = [contestant for contestant, _ in accepted]
+    rates = [bandwidth.sample() for _ in range(_BANDWIDTH_SAMPLES)]
+    samples = measure(contestants, make_timer(layer.device, len(layer.sets)), seconds=seconds)
+    rates += [bandwidth.sample() for _ in range(_BANDWIDTH_SAMPLES)]
+    gbs = sorted(rates)[len(rates) // 2]
+
+    place = {(c.name, c.slots): index for index, c in enumerate(contestants)}
+    for index, (contestant, verdict) in enumerate(accepted):
+        row = _row(case, contestant, verdict, samples[index], (gbs, gflops))
+        row["read_gbs"] = gbs
+        # The three-op form that does the same work: with a gather where there are slots.
+        slots = 64 if contestant.slots > 1 else 1
+        for key, other in (("three_op", ("three-op", slots)), ("dense", ("dense", 1))):
+            if other in place:
+                value, low, high = ratio(samples[index], samples[place[other]])
+                row[f"ratio_{key}"], row[f"interval_{key}"] = value, (low, high)
+        if contestant.name == "ours" and case.dtype == "int8":
+            row["factor_error"] = _factor_error(line_up, contestant)
+        rows.append(row)
+    return rows, absent
+
+
+def _factor_error(line_up: LineUp, contestant: Contestant) -> float:
+    """Error of the int8 output against the unquantised factors in fp64."""
+    every = torch.arange(min(line_up.T, 16))
+    y = contestant.call(0)[every.to(line_up.x.device)]
+    return relative_error(y, line_up.truth.svf(contestant.slots, every, True))
+
+
+_HEADER = (
+    f"{'':2}{'contestant':20}{'slots':>6}{'time_us':>12}{'p20–p80':>20}{'GB/s':>8}{'% floor':>9}"
+    f"{'/three-op':>11}{'/dense':>8}{'error':>10}"
+)
+
+
+def _format(row: dict[str, Any]) -> str:
+    if "refused" in row:
+        return f"  {row['name']:20}{row['slots']:>6}  REFUSED: {row['refused']}"
+
+    def number(key: str, width: int) -> str:
+        return f"{row[key]:>{width}.2f}" if row.get(key) is not None else " " * width
+
+    spread = f"{row['p20_us']:.1f}–{row['p80_us']:.1f}"
+    note = "" if row["timing"] in ("wall", "graph") else f"  ({row['timing']})"
+    return (
+        f"  {row['name']:20}{row['slots']:>6}{row['time_us']:>12.1f}{spread:>20}{row['gbs']:>8.1f}"
+        f"{row['percent_of_floor']:>9.1f}{number('ratio_three_op', 11)}{number('ratio_dense', 8)}"
+        f"{row['error']:>10.1e}{note}"
+    )
+
+
+def _format_training(row: dict[str, Any]) -> str:
+    head = f"  {row['dtype']:5}{row['shape']:>12} T={row['tokens']:<6}{row['name']:20}"
+    if "refused" in row:
+        return f"{head}  REFUSED: {row['refused']}"
+    ratios = [f"{row[k]:.2f}" if k in row else "–" for k in ("ratio_three_op", "ratio_rebuilt")]
+    return (
+        f"{head}{row['time_us']:>12.1f} us  peak {row['peak_mem_mib']:>7.1f} MiB  largest "
+        f"{row['largest_mem_mib']:>6.1f} MiB  /three-op {ratios[0]}  /rebuilt {ratios[1]}"
+    )
+
+
+def _default(table: dict[str, float], args: argparse.Namespace) -> float:
+    return table["quick" if args.quick else args.device]
+
+
+def chosen_cases(args: argparse.Namespace) -> list[Case]:
+    """The line-ups that the command line asks for."""
+    named = (tuple(v) if v else None for v in (args.shapes, args.dtypes, args.tokens))
+    return grid(args.device, args.quick, *named)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The whole run; prints as it goes."""
+    device = torch.device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    threads = torch.get_num_threads()
+    begin = time.perf_counter()
+    record = environment(device, threads)
+    bandwidth = Bandwidth(device, threads)
+    record["bandwidth_method"] = bandwidth.method
+    print(json.dumps(record, ensure_ascii=False, indent=1), flush=True)
+    cases = chosen_cases(args)
+    matmul = {d: matmul_gflops(d, device) for d in dict.fromkeys(c.activations for c in cases)}
+    record["matmul_gflops"] = {str(d).removeprefix("torch."): v for d, v in matmul.items()}
+    # Before the line-ups: a run that reaches its time limit has it all the same.
+    training = [] if args.no_training else _training(args, cases, device)
+    deadline = begin + 60 * (args.minutes or _default(_MINUTES, args))
+    rows, absent, missed = _line_ups(args, cases, device, bandwidth, matmul, deadline)
+    outcomes = goals.evaluate(rows, training)
+    if absent:
+        print("\nabsent")
+    for entry in absent:
+        print(f"  {entry['name']} in {entry['line_ups']} line-ups: {entry['reason']}")
+    if missed:
+        print(f"\nout of time, not measured: {', '.join(map(str, missed))}")
+    record["seconds"] = round(time.perf_counter() - begin, 1)
+    print(f"\n{goals.render(outcomes)}\n{record['seconds']:.0f} s", flush=True)
+    return {
+        "schema": SCHEMA,
+        "environment": record,
+        "goals": [o.as_dict() for o in outcomes],
+        "absent": absent,
+        "not_measured": [str(case) for case in missed],
+        "training": training,
+        "rows": rows,
+    }
+
+
+def _line_ups(
+    args: argparse.Namespace,
+    cases: list[Case],
+    device: torch.device,
+    bandwidth: Bandwidth,
+    matmul: dict[torch.dtype, float],
+    deadline: float,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[Case]]:
+    """Rows, who was absent and why, and the cases that there was no time for."""
+    options = Options(compile=not args.no_compile, peft=not args.no_peft)
+    seconds = args.seconds or _default(_SECONDS, args)
+    rows: list[dict[str, Any]] = []
+    absent: Counter[Skipped] = Counter()
+    missed: list[Case] = []
+    for (shape, dtype), group in groupby(cases, key=lambda c: (c.shape, c.dtype)):
+        if time.perf_counter() > deadline:
+            missed += group
+            continue
+        with torch.inference_mode():
+            layer = Layer(shape, dtype, device)
+            for case in group:
+                if time.perf_counter() > deadline:
+                    missed.append(case)
+                    continue
+                gflops = matmul[case.activations]
+                found, skipped = run_case(case, layer, options, bandwidth, gflops, seconds)
+                rows += found
+                absent.update(skipped)
+                gbs = next((r["read_gbs"] for r in found if "read_gbs" in r), 0.0)
+                print(f"\n{case}   ceilings: {gbs:.1f} GB/s, {gflops:.0f} GFLOP/s")
+                print(_HEADER, *map(_format, found), sep="\n", flush=True)
+        del layer
+        gc.collect()
+    found_absent = sorted(absent.items(), key=lambda item: (item[0].name, item[0].reason))
+    reasons = [{"name": s.name, "reason": s.reason, "line_ups": n} for s, n in found_absent]
+    return rows, reasons, missed
+
+
+def _training(args: argparse.Namespace, cases: list[Case], device: torch.device) -> list[Any]:
+    """The training step of every shape and float dtype of the run, at one number of tokens."""
+    pairs: list[tuple[Shape, str]] = list(dict.fromkeys((c.shape, c.dtype) for c in cases))
+    seconds = args.seconds or _default(_TRAINING_SECONDS, args)
+    rows: list[Any] = []
+    print("\ntraining step, forward and backward to x and z")
+    for shape, dtype in pairs:
+        if dtype == "int8" or (dtype == "fp16" and device.type == "cpu"):
+            continue
+        tokens = min(_TRAINING_TOKENS, max(1, shape.rank // 4))
+        found = measure_training(shape, dtype, tokens, device, seconds=seconds)
+        print(*map(_format_training, found), sep="\n", flush=True)
+        rows += found
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0; 1 when one of our own results was refused; 2 for a wrong command line."""
+    args = parse(argv)
+    logging.basicConfig(level=logging.WARNING)
+    if args.dry_run:
+        print(*chosen_cases(args), sep="\n")
+        return 0
+    result = run(args)
+    if args.json is not None:
+        write(args.json, result)
+    if args.plot is not None:
+        draw(result, args.plot)
+    wrong = [r for r in result["rows"] + result["training"] if "refused" in r]
+    return int(any(r["name"].startswith("ours") for r in wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""What the machine can do, measured beside the contestants, and what machine it is."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+import t2kernels as t2k
+
+# Larger than any cache, small enough to be read a few dozen times a second.
+_READ_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+_MATMUL_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
+_MATMUL_SECONDS = 1.0
+
+
+def _native() -> ModuleType | None:
+    try:
+        from t2kernels import _native
+    except ImportError:
+        return None
+    return _native
+
+
+class Bandwidth:
+    """The read bandwidth (CPU) or copy bandwidth (GPU) in GB/s, sampled again for every case."""
+
+    def __init__(self, device: torch.device, threads: int) -> None:
+        self._device, self._threads, self._native = device, threads, _native()
+        if device.type == "cuda":
+            self.method = "copy of 1 GiB, bytes counted twice"
+            self._source = torch.ones(_READ_BYTES["cuda"] // 4, device=device)
+            self._target = torch.empty_like(self._source)
+        elif self._native is not None:
+            self.method = "native read of 256 MiB, best of 3"
+        else:
+            self.method = "torch.sum of 256 MiB, best of 3"
+            self._source = torch.ones(_READ_BYTES["cpu"] // 4)
+
+    def sample(self) -> float:
+        """GB/s (1e9) now."""
+        if self._device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(3):
+                self._target.copy_(self._source)
+            end.record()
+            torch.cuda.synchronize()
+            return 6 * _READ_BYTES["cuda"] / begin.elapsed_time(end) / 1e6
+        if self._native is not None:
+            return float(self._native.read_bandwidth(_READ_BYTES["cpu"], 3, self._threads))
+        best = min(_seconds(self._source.sum, self._device) for _ in range(3))
+        return _READ_BYTES["cpu"] / best / 1e9
+
+
+def _seconds(function: Any, device: torch.device) -> float:
+    begin = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def matmul_gflops(dtype: torch.dtype, device: torch.device) -> float:
+    """GFLOP/s of a large square x·Wᵀ: the median of a second's worth of products.
+
+    The larger of two sizes is used unless the small one says that it would take too long, as in
+    fp16 on a CPU that has to emulate it.
+    """
+    best = 0.0
+    for size in _MATMUL_SIZES[device.type]:
+        a = torch.randn(size, size, device=device).to(dtype)
+        b = torch.randn(size, size, device=device).to(dtype)
+        flops = 2 * size**3
+        for _ in range(2):
+            last = _seconds(lambda a=a, b=b: a @ b.T, device)
+        count = max(3, min(20, int(_MATMUL_SECONDS / 2 / last)))
+        times = sorted(_seconds(lambda a=a, b=b: a @ b.T, device) for _ in range(count))
+        best = max(best, flops / times[count // 2] / 1e9)
+        if last * 8 > _MATMUL_SECONDS:
+            break
+    return best
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _cpu_features() -> list[str]:
+    wanted = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx512_fp16", "amx_bf16")
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return []
+    return [name for name in wanted if name in flags]
+
+
+def _commit() -> str:
+    """The commit of the checkout that this file is in, with a mark if files differ from it."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(
+            ("git", *args), cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return (commit or "unknown") + (" with changes" if changed else "")
+
+
+def _version(name: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def environment(device: torch.device, threads: int) -> dict[str, Any]:
+    """Everything that a reader needs to judge the numbers; no path and no host name."""
+    record: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "device": device.type,
+        "cpu": _cpu_model(),
+        "cpu_features": _cpu_features(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "load_at_start": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "peft": _version("peft"),
+        "t2kernels": t2k.__version__,
+    }
+    native = _native()
+    if native is None:
+        record["native"] = None
+    else:
+        record["native"] = native.isa_name(-1)
+        record["thread_runtime"] = Path(native.thread_runtime().split(" ")[0]).name
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        record["gpu"] = properties.name
+        record["gpu_sms"] = properties.multi_processor_count
+        record["cuda"] = torch.version.cuda
+    return record

@@ -1,0 +1,266 @@
+"""The benchmark's own machinery on layers so small that their times mean nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import bench_svf
+import ceilings
+import goals
+import harness
+import pytest
+import results
+import torch
+from contestants import LineUp, Options, Skipped
+from harness import Contestant, Refused, Samples
+from layers import Layer
+from shapes import Case, Shape, grid
+from training import STEPS, allocations, measure_training
+
+CPU = torch.device("cpu")
+SMALL = Shape(48, 32)
+
+
+class CountingTimer:
+    """Every call costs what the contestant's name says."""
+
+    calls_per_sample = 1
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+
+    def prepare(self, contestant: Contestant) -> str:
+        return "fake"
+
+    def sample(self, contestant: Contestant) -> float:
+        self.order.append(contestant.name)
+        return float(contestant.name)
+
+
+def contestant(name: str, y: torch.Tensor | None = None, **more) -> Contestant:
+    y = torch.ones(4, 3) if y is None else y
+
+    def formula(rows: torch.Tensor, double: bool) -> torch.Tensor:
+        ones = torch.ones(len(rows), 3)
+        return ones.double() if double else ones
+
+    return Contestant(name, 1, lambda i: y, formula, 1, 1, **more)
+
+
+def test_grid_has_every_requested_case_and_thins_only_defaults():
+    named = grid("cpu", False, (SMALL,), ("fp16",), (8192,))
+    assert named == [Case(SMALL, "fp16", 8192)]
+    defaults = grid("cpu", False)
+    assert {c.tokens for c in defaults} >= {1, 2, 3, 4, 8, 16, 512, 8192}
+    assert Case(Shape(4096, 4096), "bf16", 8192) not in defaults
+    assert len(grid("cuda", False)) > len(grid("cuda", True)) > 0
+    assert Case(Shape(4096, 14336), "bf16", 1) in grid("cuda", False)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--shapes", "2048"], "a shape is INxOUT"),
+        (["--shapes", "0x4"], "a shape is INxOUT"),
+        (["--tokens", "many"], "a token count is a positive number"),
+        (["--dtypes", "int4"], "invalid choice"),
+        (["--quik"], "unrecognized arguments"),
+        (["--seconds", "0"], "--seconds must lie between"),
+        (["--minutes", "-1"], "--minutes must be positive"),
+        (["--json", "no/such/folder/x.json"], "does not exist"),
+    ],
+)
+def test_a_typo_is_a_clear_error(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench_svf.parse(argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_every_contestant_passes_the_gate(dtype):
+    with torch.inference_mode():
+        layer = Layer(SMALL, dtype, CPU, sets=2)
+        entries = list(LineUp(Case(SMALL, dtype, 6), layer, Options(compile=False)).build())
+        contestants = [e for e in entries if isinstance(e, Contestant)]
+        names = {(c.name, c.slots) for c in contestants}
+        assert names >= {
+            ("dense", 1), ("three-op", 64), ("rebuilt W'", 1), ("ours", 1), ("ours", 64),
+            ("ours torch", 1), ("ours invariant", 64), ("LoRA bmm", 64),
+        }  # fmt: skip
+        assert Skipped("three-op compiled", "--no-compile") in entries
+        for entry in contestants:
+            verdict = harness.check(entry, 6)
+            assert 0 < verdict.error <= verdict.limit
+            assert verdict.same_bits_again in (None, True)
+            assert verdict.same_bits_alone in (None, True)
+
+
+def test_sets_hold_the_same_numbers_elsewhere():
+    layer = Layer(SMALL, "int8", CPU, sets=2)
+    first, second = layer.sets
+    assert torch.equal(first.weight, second.weight)
+    assert torch.equal(first.int8.V, second.int8.V)
+    for a, b in ((first.factors, second.factors), (first.int8, second.int8)):
+        assert a.U.data_ptr() != b.U.data_ptr()
+        assert b.V.t().is_contiguous()
+
+
+@pytest.mark.parametrize("wrong", [torch.full((4, 3), float("nan")), torch.full((4, 3), 1.01)])
+def test_the_gate_refuses_a_wrong_result(wrong):
+    with pytest.raises(Refused, match="culprit"):
+        harness.check(contestant("culprit", wrong), 4)
+
+
+def test_the_gate_sees_bits_that_depend_on_the_batch():
+    call_row = lambda t: torch.ones(1, 3) + 1e-7  # noqa: E731
+    verdict = harness.check(contestant("x", ours=True, call_row=call_row), 4)
+    assert verdict.same_bits_again is True
+    assert verdict.same_bits_alone is False
+
+
+def test_contestants_take_turns_and_slow_ones_get_fewer():
+    timer = CountingTimer()
+    pair = [contestant("0.001"), contestant("0.1")]
+    samples = harness.measure(pair, timer, seconds=0.03)
+    assert len(samples[0].seconds) == 30
+    assert len(samples[1].seconds) == 5
+    measured = timer.order[4:]  # after the estimates
+    places = [i for i, name in enumerate(measured) if name == "0.1"]
+    assert places[-1] - places[0] > 20  # spread over the run, not bunched at its beginning
+
+
+def test_ratio_interval_contains_the_ratio():
+    a, b = Samples([2.0, 2.1, 1.9, 2.0, 2.2]), Samples([1.0, 1.1, 0.9, 1.0, 1.0])
+    value, low, high = harness.ratio(a, b)
+    assert value == pytest.approx(2.0)
+    assert low <= value <= high
+
+
+def row(name, slots=1, **more):
+    base = {"shape": "64x64", "dtype": "bf16", "tokens": 1, "name": name, "slots": slots}
+    return base | {"time_us": 1.0, "ratio_three_op": 1.0, "ratio_dense": 1.0} | more
+
+
+def outcome(rows, training, words):
+    return next(o for o in goals.evaluate(rows, training) if words in o.goal)
+
+
+def test_goals_judge_the_worst_row():
+    rows = [row("ours native", ratio_three_op=0.5), row("ours native", ratio_three_op=0.8)]
+    found = outcome(rows, [], "bf16 native, T 1–8")
+    assert found.met is False
+    assert "worst 0.800" in found.measured
+    assert "1 of 2" in found.measured
+    assert outcome(rows[:1], [], "bf16 native, T 1–8").met is True
+    assert outcome([], [], "bf16 native, T 1–8").met is None
+
+
+def test_goals_compare_slots_and_modes_in_the_same_line_up():
+    rows = [row("ours"), row("ours", 64, time_us=1.1), row("ours invariant", 64, time_us=1.3)]
+    assert outcome(rows, [], "64 different slots").met is False
+    assert outcome(rows, [], "time against the policy's choice, decode").met is True
+    assert outcome([row("ours", same_bits_again=False)], [], "run to run").met is False
+
+
+def test_every_goal_is_rendered_also_without_data():
+    text = goals.render(goals.evaluate([], []))
+    assert text.count("no data") == len(goals.evaluate([], []))
+
+
+def test_allocations_see_the_peak_and_the_largest_buffer():
+    def run():
+        a = torch.empty(1 << 20, dtype=torch.uint8)
+        del a
+        return torch.empty(1 << 18, dtype=torch.uint8)
+
+    assert allocations(run, CPU) == (1 << 20, 1 << 20)
+
+
+def test_training_rows_see_the_weight_sized_buffer():
+    rows = measure_training(Shape(256, 256), "fp32", 16, CPU, seconds=0.001)
+    assert [r["name"] for r in rows] == list(STEPS)
+    assert not any("refused" in r for r in rows)
+    held = {r["name"]: r["weight_sized_buffer"] for r in rows}
+    assert held["rebuilt W' autograd"] is True
+    assert held["ours"] is False
+    assert held["ours recompute"] is False
+
+
+def test_results_survive_a_round_trip(tmp_path):
+    path = tmp_path / "r.json"
+    result = {"schema": results.SCHEMA, "rows": [row("ours", interval_dense=(0.123456, 1.0))]}
+    results.write(path, result)
+    (back,) = results.read(path)["rows"]
+    assert back["name"] == "ours"
+    assert back["interval_dense"] == [0.1235, 1.0]
+    assert list(tmp_path.iterdir()) == [path]
+    path.write_text("[1, 2]")
+    with pytest.raises(ValueError, match="is not a result"):
+        results.read(path)
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Threads as they were, and ceilings that are measured in a moment."""
+    monkeypatch.setitem(ceilings._MATMUL_SIZES, "cpu", (64,))
+    monkeypatch.setitem(ceilings._READ_BYTES, "cpu", 1 << 20)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_whole_run_writes_its_files(tmp_path, capsys, threads):
+    pytest.importorskip("matplotlib")
+    out, png = tmp_path / "out.json", tmp_path / "out.png"
+    argv = ["--shapes", "48x32", "--dtypes", "bf16", "int8", "--tokens", "1", "4", "--threads", "1"]
+    argv += ["--seconds", "0.001", "--no-compile", "--no-peft", "--no-training"]
+    assert bench_svf.main([*argv, "--json", str(out), "--plot", str(png)]) == 0
+    printed = capsys.readouterr().out
+    assert "three-op" in printed
+    assert "goals" in printed
+    data = results.read(out)
+    assert data["environment"]["threads"] == 1
+    assert all("path" not in key for key in data["environment"])
+    assert {r["dtype"] for r in data["rows"]} == {"bf16", "int8"}
+    assert any("factor_error" in r for r in data["rows"])
+    assert png.stat().st_size > 1000
+
+
+def test_a_run_out_of_time_says_what_is_missing(capsys, threads):
+    argv = ["--shapes", "8x8", "--dtypes", "fp32", "--tokens", "1", "--minutes", "1e-9"]
+    result = bench_svf.run(bench_svf.parse([*argv, "--no-training"]))
+    assert result["rows"] == []
+    assert result["not_measured"] == ["fp32 8x8 T=1"]
+    assert "out of time" in capsys.readouterr().out
+
+
+def test_the_script_finds_its_siblings_where_python_leaves_its_folder_out():
+    env = dict(os.environ, PYTHONSAFEPATH="1")
+    command = [sys.executable, bench_svf.__file__, "--dry-run", "--quick"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "bf16 2048x2048 T=1" in done.stdout
+
+
+def test_committed_results_can_be_read():
+    folder = (results.Path(results.__file__).parent / "results").glob("c*.json")
+    for path in folder:
+        assert results.read(path)["rows"], path.name
+        assert json.loads(path.read_text())["environment"]["commit"]
+
+
+def test_contexts_are_entered_for_every_call():
+    entered = []
+
+    class Context(nullcontext):
+        def __enter__(self):
+            entered.append(1)
+
+    timer = harness.CpuTimer(2)
+    timer.sample(contestant("x", context=Context))
+    assert entered == [1]
