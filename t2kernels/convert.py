@@ -294,6 +294,7 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _install(model: nn.Module, layers: Mapping[str, SVFLinear]) -> None:
     route = Route(model)
+    route.layers = tuple(layers.values())
     model._t2_route = route  # type: ignore[assignment]
     offset = 0
     for index, (name, layer) in enumerate(layers.items()):

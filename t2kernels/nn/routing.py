@@ -11,12 +11,15 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from ..diagonal import mix
+
+if TYPE_CHECKING:
+    from .linear import SVFLinear
 
 ROW_ORDERS = (None, "batch", "flat")
 
@@ -136,6 +139,7 @@ class Route:
         self.plan: Plan | None = None
         self.merged: object = None
         self.batch_shape: tuple[int, ...] | None = None
+        self.layers: tuple[SVFLinear, ...] = ()
         self._owner: int | None = None
         self._ran_without_plan = False
         model.register_forward_pre_hook(_watch_model_call, with_kwargs=True)
@@ -203,20 +207,23 @@ _OTHER_ROUTING = (
 )
 
 
+def _is_cache(item: object) -> TypeGuard[Any]:
+    """transformers' Cache, or what behaves like one."""
+    return hasattr(item, "get_seq_length") and not isinstance(item, nn.Module)
+
+
 def _inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _cache_key(model: nn.Module, route: Route) -> object:
+def _cache_key(route: Route) -> object:
     """What the keys and values written now depend on: the plan, the merge, the layers' own z."""
     if route.merged is not None:
         return ("merged", route.merged)
     if route.plan is not None:
         return route.plan.key
-    from .linear import SVFLinear
-
-    layers = [m for m in model.modules() if isinstance(m, SVFLinear)]
-    return ("own", tuple((m.z.data_ptr(), m.z._version) for m in layers if not m.rests()))
+    moved = [layer.z for layer in route.layers if not layer.rests()]
+    return ("own", tuple((z.data_ptr(), z._version) for z in moved))
 
 
 def _watch_model_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -238,9 +245,9 @@ def _watch_model_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
             "sequences repeat rows in order)."
         )
     cache = kwargs.get("past_key_values")
-    if cache is None or not hasattr(cache, "get_seq_length"):
+    if not _is_cache(cache):
         return
-    key = _cache_key(model, route)
+    key = _cache_key(route)
     if getattr(cache, "_t2_key", key) != key and int(cache.get_seq_length()) > 0:
         raise RuntimeError(
             "this key/value cache was made under other experts than those in force now, so its "
@@ -251,11 +258,12 @@ def _watch_model_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _watch_model_result(model: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-    """After each call of the model: backward through its result needs the routing of the call.
+    """After each call of the model: its result belongs to the routing of the call.
 
-    The gradient passes here before any checkpointed block is computed again.
+    A cache that the model made itself is marked, and backward through an output is guarded: the
+    gradient passes here before any checkpointed block is computed again.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
         return
     route: Route = model._t2_route  # type: ignore[assignment]
     pending = [result]
@@ -268,3 +276,5 @@ def _watch_model_result(model: nn.Module, args: tuple[Any, ...], result: Any) ->
             pending.extend(item.values())
         elif isinstance(item, (list, tuple)):
             pending.extend(item)
+        elif _is_cache(item):
+            item._t2_key = _cache_key(route)
