@@ -298,6 +298,18 @@ def test_check_factors() -> None:
     check_factors(SVDFactors(*(t.to("meta") for t in (U, S)), V.t().to("meta").t()))
 
 
+def test_a_steep_spectrum_is_measured_whole() -> None:
+    """The error sits in the few directions of the large σ, where random probes miss it."""
+    Q, P = (torch.linalg.qr(_random(200, 100, seed).double())[0] for seed in (1, 2))
+    weight = (Q * torch.logspace(0, -8, 100) @ P.t()).float()
+    U, S, Vh = lapack.thin_svd(weight, torch.float32)
+    want = accuracy(weight, decompose(weight)).relative_error
+    assert lapack.residual(weight, U, S, Vh, torch.float64) == pytest.approx(want, rel=1e-3)
+    S[0] *= 1 + 1e-5
+    assert lapack.residual(weight, U, S, Vh, torch.float32) == pytest.approx(4e-6, rel=0.5)
+    _check(weight, decompose(weight))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("m", "n"), [(1536, 1536)])
 def test_accuracy_of_a_real_size(m: int, n: int) -> None:
