@@ -178,8 +178,8 @@ Made by `{facts["command"]}`
 in {took} on {facts["threads"]} threads
 ({facts["machine"]}; {versions}): {facts["steps"]} steps of
 {facts["rows"]} rows, loss over the last 100 steps {facts["loss"]:.4f}.
-The same command, versions, number of threads and kind of machine give the same file; others give
-an equal model, not equal bits.
+Everything follows from the seed: the same command, versions, number of threads and kind of machine
+repeat the training loss for loss; others give an equal model, not equal bits.
 
 Greedy accuracy on {facts["problems"]} held-out problems each ("category": asked for the category;
 "other": belongs to no expert):
@@ -204,6 +204,11 @@ def make(out: Path, seed: int, steps: int, rows: int, peak_lr: float, count: int
     scores = {name: evaluate(model, tokenizer, test, 9) for name, test in tests.items()}
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    # Older releases of transformers know the class by this name only; newer ones know both.
+    settings = out / "tokenizer_config.json"
+    named = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    named.pop("backend", None)
+    settings.write_text(json.dumps(named, indent=2) + "\n")
     facts = {
         "command": "python -m t2runtime.base_model --out DIR "
         f"--seed {seed} --steps {steps} --rows {rows} --lr {peak_lr}",

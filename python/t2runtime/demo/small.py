@@ -19,6 +19,7 @@ from t2runtime.adapt.prompt import SMALL, name_categories
 from t2runtime.demo import cost
 from t2runtime.engine import Mixture, TwoPass
 from t2runtime.evaluate import Score, evaluate
+from t2runtime.generation import complete
 from t2runtime.loading import load
 from t2runtime.tasks import Problem
 from t2runtime.train import Config, train
@@ -149,7 +150,26 @@ def _dispatch(
         result[way] = {"accuracy": sum(right.values()) / len(right), "by_category": right}
         each = "  ".join(f"{name} {100 * share:5.1f}" for name, share in right.items())
         say(f"  {way:11s}{100 * result[way]['accuracy']:5.1f} %   {each}")
+
+    mixed = [problem for problems in tests.values() for problem in problems[:60]]
+    questions = [problem.prompt for problem in mixed]
+    say(f"\nboth passes: answers of one batch of {len(mixed)} mixed questions")
+    plain = dict.fromkeys(tasks.SKILLS) | {name: name for name in SKILLS}
+    for way, classifier in (("prompt", None), (CLASSIFIER, CLASSIFIER)):
+        engine = TwoPass(model, tokenizer, bank, SMALL, classifier, plain)
+        texts = [output.text for output in engine.generate(questions, NEW_TOKENS)]
+        result[way]["answers"] = _share(texts, mixed, say, way)
+    texts = complete(model, tokenizer, questions, NEW_TOKENS).texts
+    result["base weights"] = {"answers": _share(texts, mixed, say, "base")}
     return result
+
+
+def _share(texts: list[str], problems: list[Problem], say: Say, way: str) -> dict[str, Any]:
+    """Right answers with their interval."""
+    right = sum(text == problem.answer for text, problem in zip(texts, problems, strict=True))
+    reached = Score(right, len(problems))
+    say(f"  {way:11s}{reached}")
+    return {"accuracy": reached.accuracy, "interval": reached.interval}
 
 
 def _few_shot(

@@ -10,8 +10,9 @@ NOTE(paper): departures, each a field of `Config`:
                2e-3 with cosine decay, 1e-3). No weight decay: it pulls z to 0, the base is at 1;
   length_norm  off: log-probs are summed over the answer, as in the paper; on: averaged.
 As in the paper: the reward, KL in this direction (here an exact sum over the vocabulary at each
-visited state), the best z by validation, early stopping (`stop_at`). The reference is the same model at z = 1, not a second
-copy. Log-probs are those of the sampled ids, end token included; z and Adam are fp32.
+visited state), the best z by validation, early stopping (`stop_at`). The reference is the same
+model at z = 1, not a second copy. Log-probs are those of the sampled ids, end token included; z
+and Adam are fp32.
 """
 
 from __future__ import annotations
