@@ -59,7 +59,14 @@ def converted_layers(model: nn.Module) -> dict[str, SVFLinear]:
     layers = svf_layers(model)
     if not layers:
         raise ValueError(
-            f"model ({type(model).__name__}) has no SVF layers; call t2kernels.convert(model) on it."
+            f"model ({type(model).__name__}) has no SVF layers; "
+            "call t2kernels.convert(model) first."
+        )
+    if "_t2_route" not in model.__dict__:
+        raise ValueError(
+            f"model ({type(model).__name__}) is not the module that t2kernels.convert was called "
+            "with, but one around it. Pass that one: model.module of DistributedDataParallel, "
+            "model._orig_mod of torch.compile."
         )
     return layers
 
@@ -251,8 +258,8 @@ def _make_layer(
     k = None if rank is None or rank >= full else rank
     given: Factors | None = None
     if isinstance(source, FactorStore):
-        key = name if name in source.names else f"{name}.weight"
-        if key not in source.names:
+        key = source.find(name)
+        if key is None:
             raise ValueError(
                 f"convert: the factors at {source.path} have none for layer {name!r}. "
                 "Decompose the same checkpoint with the same targets."
@@ -267,10 +274,13 @@ def _make_layer(
         if isinstance(given, QuantizedFactors):
             raise ValueError("convert: rank cannot cut int8 factors; cut them before quantize.")
         given = SVDFactors(given.U[:, :k], given.S[:k], given.V[:, :k])
-    layer = SVFLinear.from_linear(
-        module, rank=k, factors=given, keep_weight=keep_weight,
-        parametrisation=parametrisation, precision=precision, recompute=recompute,
-    )  # fmt: skip
+    try:
+        layer = SVFLinear.from_linear(
+            module, rank=k, factors=given, keep_weight=keep_weight,
+            parametrisation=parametrisation, precision=precision, recompute=recompute,
+        )  # fmt: skip
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(f"convert: layer {name!r}: {error}") from error
     if int8 and not isinstance(layer.factors, QuantizedFactors):
         layer._set_factors(quantize(layer.factors))
     layer.z.requires_grad_(False)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import t2kernels as t2k
@@ -131,6 +132,21 @@ def test_given_factors_are_used_and_checked(model):
     del factors["layers.1.mlp.up_proj"]
     with pytest.raises(ValueError, match=r"no entry for layer 'layers.1.mlp.up_proj'"):
         t2k.convert(model, "mlp", decomposition=factors)
+
+
+def test_a_folder_of_factors_is_used_and_verified(model, tmp_path):
+    weights = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    save_file(weights, tmp_path / "model.safetensors")
+    t2k.decompose_checkpoint(tmp_path / "model.safetensors", tmp_path / "f", progress=False)
+    with torch.no_grad():
+        before = model(IDS)
+        t2k.convert(model, "mlp", decomposition=tmp_path / "f", rank=3)
+        assert torch.equal(model(IDS), before)
+        assert {layer.rank for layer in t2k.svf_layers(model).values()} == {3}
+        t2k.revert(model)
+        model.layers[0].mlp["up_proj"].weight.mul_(2)
+    with pytest.raises(ValueError, match="layers.0.mlp.up_proj"):
+        t2k.convert(model, "mlp", decomposition=str(tmp_path / "f"))
 
 
 def test_int8_factors(model):
