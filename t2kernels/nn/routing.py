@@ -65,8 +65,14 @@ class Plan:
             return self.arena[0, offset : offset + r]
         return self.arena[:, offset : offset + r]
 
-    def token_slots(self, x: Tensor, batch_shape: tuple[int, ...] | None) -> Tensor:
-        """The slot (tokens,) of every token of x (..., n), flattened."""
+    def token_slots(
+        self, x: Tensor, batch_shape: tuple[int, ...] | None, batch_rows: int | None = None
+    ) -> Tensor:
+        """The slot (tokens,) of every token of x (..., n), flattened.
+
+        batch_shape: of the input of the model's latest call; batch_rows: its first axis, while
+        that call is running.
+        """
         tokens = x.shape[:-1].numel()
         if self.slot is not None:
             if self.slot.shape[0] != tokens:
@@ -78,13 +84,10 @@ class Plan:
         if self.rows is None:
             raise RuntimeError(f"a plan of form {self.form!r} has no rows")
         rows = x.shape[0] if x.dim() > 2 else self._declared_rows(x, batch_shape)
-        if (
-            x.dim() > 2 and batch_shape and rows != batch_shape[0] and self.row_order != "batch"
-            and not _inside_backward()  # a recomputation may belong to an earlier call's batch
-        ):  # fmt: skip
+        if x.dim() > 2 and rows != (batch_rows or rows) and self.row_order != "batch":
             raise ValueError(
                 f"ExpertBank.use: a layer got an input of shape {tuple(x.shape)} while the model "
-                f"was called with a batch of {batch_shape[0]}; its first axis is not the batch "
+                f"was called with a batch of {batch_rows}; its first axis is not the batch "
                 "(images of several requests, windows, tokens first). Exclude the layer from "
                 "convert, pass slot=, or say row_order='batch' if each request owns equally many "
                 "rows, in order."
@@ -138,7 +141,8 @@ class Route:
     def __init__(self, model: nn.Module) -> None:
         self.plan: Plan | None = None
         self.merged: object = None
-        self.batch_shape: tuple[int, ...] | None = None
+        self.batch_shape: tuple[int, ...] | None = None  # of the model's latest call
+        self.batch_rows: int | None = None  # of the call that is running now
         self.layers: tuple[SVFLinear, ...] = ()
         self._owner: int | None = None
         self._ran_without_plan = False
@@ -171,7 +175,7 @@ class Route:
                 "routing at a time; give each thread its own copy, or one batch for all requests."
             )
         before, self.plan, self._owner = self.plan, plan, me
-        self.batch_shape = None
+        self.batch_shape = self.batch_rows = None
         try:
             yield
         finally:
@@ -235,6 +239,7 @@ def _watch_model_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
             break
     else:
         route.batch_shape = tuple(args[0].shape) if args and isinstance(args[0], Tensor) else None
+    route.batch_rows = route.batch_shape[0] if route.batch_shape else None
     if torch.compiler.is_compiling():
         return
     plan, shape = route.plan, route.batch_shape
@@ -263,9 +268,10 @@ def _watch_model_result(model: nn.Module, args: tuple[Any, ...], result: Any) ->
     A cache that the model made itself is marked, and backward through an output is guarded: the
     gradient passes here before any checkpointed block is computed again.
     """
+    route: Route = model._t2_route  # type: ignore[assignment]
+    route.batch_rows = None
     if torch.compiler.is_compiling():
         return
-    route: Route = model._t2_route  # type: ignore[assignment]
     pending = [result]
     while pending:
         item = pending.pop()
