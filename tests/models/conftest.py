@@ -151,6 +151,11 @@ class Zoo:
         return bool((actual - expected).abs().max() <= tolerance * scale)
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def zoo() -> type[Zoo]:
     return Zoo

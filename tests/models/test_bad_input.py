@@ -254,3 +254,31 @@ def test_wrong_inputs_to_a_layer(setup):
             layer(torch.randn(2, 31))
         with pytest.raises(TypeError, match=r"x must be torch\.float32.*got torch\.float64"):
             layer(torch.randn(2, 32).double())
+
+
+def test_a_model_around_the_converted_one(zoo, setup):
+    """Its layers have other names there, so that no expert would fit."""
+    model, _ = setup
+    for outer in (torch.compile(model, backend="eager"), nn.Sequential(model)):
+        for call in (t2k.revert, t2k.trainable, t2k.ExpertBank, t2k.Expert.from_model):
+            with pytest.raises(ValueError, match=r"not the module that .*convert.*_orig_mod"):
+                call(outer)
+
+
+def test_a_damaged_weight_names_its_layer(zoo):
+    model = zoo.build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj'.*inf or NaN"):
+        t2k.convert(model, progress=False)
+    assert not t2k.svf_layers(model)
+
+
+def test_a_part_may_be_called_by_itself_with_another_batch(zoo, setup):
+    model, bank = setup
+    ids = zoo.inputs("llama")["input_ids"]
+    with torch.no_grad(), bank.use(["math", None, "code"]):
+        one = model.model(input_ids=ids).last_hidden_state
+        model(input_ids=ids)
+        twice = model.model(input_ids=ids.repeat_interleave(2, 0)).last_hidden_state
+    assert zoo.close(twice, one.repeat_interleave(2, 0))
