@@ -104,6 +104,7 @@ def _arguments(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], dict[st
             "WEIGHTS_FIRST": tile.weights_first,
             "GROUP": config.GROUP,
             "UPCAST": False,
+            "BLOCKWISE": case.dtype == "fp32",
         }
         launch = config.options(tile)
         if case.kernel == "project":

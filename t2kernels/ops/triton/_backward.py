@@ -99,6 +99,7 @@ def gradient_kernel(
     WEIGHTS_FIRST: tl.constexpr,
     GROUP: tl.constexpr,
     UPCAST: tl.constexpr,
+    BLOCKWISE: tl.constexpr,
 ):
     """gu = g U and what follows from it. One program per (BLOCK_T tokens, BLOCK_OUT columns of
     gu)."""
@@ -107,7 +108,7 @@ def gradient_kernel(
     r_first = tile_r.to(tl.int64) * BLOCK_OUT
     acc = product_tile(
         g_ptr, stride_g, t, T, u_ptr, R, 1, r_first + tl.arange(0, BLOCK_OUT), R, OUT,
-        ACC, BLOCK_T, BLOCK_OUT, BLOCK_INNER, EVEN_INNER, WEIGHTS_FIRST, UPCAST,
+        ACC, BLOCK_T, BLOCK_OUT, BLOCK_INNER, EVEN_INNER, WEIGHTS_FIRST, UPCAST, BLOCKWISE,
     )  # fmt: skip
     gradient_epilogue(
         acc, tile_t, t, T, r_first, R, d_ptr, stride_d, base_ptr, slot_ptr, scale_ptr,

@@ -36,8 +36,8 @@ def project_epilogue(
     COLS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Store h and h ⊙ d_row, CHUNK columns at a time: a gathered diagonal of the whole tile
-    would need as many registers as the tile and 344 KB of shared memory at 128 x 256."""
+    """Store h and h ⊙ d_row, CHUNK columns at a time: gathered in one piece, the diagonal of a
+    128 x 256 tile needs as many registers as the tile and spills 568 bytes a thread."""
     if COLS > CHUNK:
         left, right = halves(acc, ROWS, COLS)
         HALF: tl.constexpr = COLS // 2
@@ -82,6 +82,7 @@ def project_kernel(
     WEIGHTS_FIRST: tl.constexpr,
     GROUP: tl.constexpr,
     UPCAST: tl.constexpr,
+    BLOCKWISE: tl.constexpr,
 ):
     """h = x V, hd = h ⊙ d_row. One program per (BLOCK_T tokens, BLOCK_OUT columns of h); any
     tile may mix requests, and the grid depends on T alone."""
@@ -90,7 +91,7 @@ def project_kernel(
     r_first = tile_r.to(tl.int64) * BLOCK_OUT
     acc = product_tile(
         x_ptr, stride_x, t, T, vh_ptr, 1, IN, r_first + tl.arange(0, BLOCK_OUT), R, IN,
-        ACC, BLOCK_T, BLOCK_OUT, BLOCK_INNER, EVEN_INNER, WEIGHTS_FIRST, UPCAST,
+        ACC, BLOCK_T, BLOCK_OUT, BLOCK_INNER, EVEN_INNER, WEIGHTS_FIRST, UPCAST, BLOCKWISE,
     )  # fmt: skip
     project_epilogue(
         acc, t, T, r_first, R, d_ptr, stride_d, base_ptr, slot_ptr, scale_ptr,
@@ -117,6 +118,7 @@ def expand_kernel(
     WEIGHTS_FIRST: tl.constexpr,
     GROUP: tl.constexpr,
     UPCAST: tl.constexpr,
+    BLOCKWISE: tl.constexpr,
 ):
     """y = A B + bias: (h ⊙ d) Uᵀ in the forward pass, (gu ⊙ d) Vᵀ in the backward pass. One
     program per (BLOCK_T tokens, BLOCK_OUT outputs)."""
@@ -127,7 +129,7 @@ def expand_kernel(
     o = tile_o.to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     acc = product_tile(
         a_ptr, INNER, t, T, b_ptr, stride_b_inner, stride_b_out, o, OUT, INNER,
-        ACC, BLOCK_T, BLOCK_OUT, BLOCK_INNER, EVEN_INNER, WEIGHTS_FIRST, UPCAST,
+        ACC, BLOCK_T, BLOCK_OUT, BLOCK_INNER, EVEN_INNER, WEIGHTS_FIRST, UPCAST, BLOCKWISE,
     )  # fmt: skip
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + o, mask=o < OUT, other=0).to(ACC)[None, :]

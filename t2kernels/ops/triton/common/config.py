@@ -45,8 +45,8 @@ MEDIUM_INT8 = Tile(64, 64, 64, 4, 4)
 LARGE_INT8 = Tile(128, 128, 64, 8, 4, chunk=32)
 # fp32 multiplies on the ordinary cores (IEEE, no tf32): the tile is bounded by registers.
 DECODE_FP32 = Tile(16, 32, 64, 4, 3, weights_first=True)
-FP32 = Tile(64, 64, 32, 8, 3)
-FP32_LARGE = Tile(128, 128, 16, 8, 3)
+FP32 = Tile(64, 64, 16, 8, 3)
+FP32_LARGE = Tile(128, 64, 16, 8, 3)
 
 # The one configuration of batch-invariant mode, for every T: a row's bits then depend on its own
 # values alone, because the walk over the inner axis is the same wherever the row lies. A
@@ -145,6 +145,7 @@ def constants(tile: Tile, x: Tensor, inner: int) -> dict[str, Any]:
         "GROUP": GROUP,
         # The interpreter multiplies bf16 bit patterns as integers.
         "UPCAST": INTERPRETED and x.dtype == torch.bfloat16,
+        "BLOCKWISE": x.dtype.itemsize > 2,
     }
 
 

@@ -47,13 +47,16 @@ def product_tile(
     EVEN_INNER: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
     UPCAST: tl.constexpr,
+    BLOCKWISE: tl.constexpr,
 ):
     """(A B)[t, o] as a (BLOCK_T, BLOCK_OUT) tile in ACC, summed in one fixed order.
 
     WEIGHTS_FIRST computes Bᵀ Aᵀ and returns its transpose: the weights then fill the long side
     of the tensor-core instruction and a handful of tokens its short side. The inner axis is
     walked in the same order in both cases. Integer weights are converted to A's dtype on the
-    way. UPCAST multiplies in ACC (for the interpreter, whose bf16 product is wrong).
+    way. UPCAST multiplies in ACC (for the interpreter, whose bf16 product is wrong). BLOCKWISE
+    sums each inner block by itself before it joins the total: in fp32 one chain of a thousand
+    additions loses a digit to what libraries reach.
     """
     k = tl.arange(0, BLOCK_INNER)
     if WEIGHTS_FIRST:
@@ -84,9 +87,15 @@ def product_tile(
         b = b.to(a.dtype)
         # "ieee": fp32 is multiplied in fp32, never in tf32; 16-bit types are not affected.
         if WEIGHTS_FIRST:
-            acc = tl.dot(b, a, acc, input_precision="ieee", out_dtype=ACC)
+            left, right = b, a
         else:
-            acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=ACC)
+            left, right = a, b
+        if BLOCKWISE:
+            block = tl.dot(left, right, input_precision="ieee", out_dtype=ACC)
+            # A plain addition would be merged into the product's own chain.
+            acc = tl.fma(block, tl.full(block.shape, 1, ACC), acc)
+        else:
+            acc = tl.dot(left, right, acc, input_precision="ieee", out_dtype=ACC)
         a_ptrs += BLOCK_INNER
         # A row-major weight moves by whole rows: in 64 bits, for rows of any length.
         b_ptrs += tl.full((), BLOCK_INNER, tl.int64) * stride_b_inner
