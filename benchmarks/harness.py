@@ -22,6 +22,8 @@ GATE_FLOOR = 4 * torch.finfo(torch.float32).eps
 # Output rows that are compared with the fp64 truth; all others must be finite.
 GATE_ROWS = 16
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 60
+# Samples of the machine's bandwidth among the rounds.
+_BESIDE = 5
 
 
 class Refused(RuntimeError):
@@ -202,13 +204,19 @@ def _takes_part(turn: int, turns: int, rounds: int) -> bool:
 
 
 def measure(
-    contestants: Sequence[Contestant], timer: Timer, *, seconds: float, seed: int = 0
+    contestants: Sequence[Contestant],
+    timer: Timer,
+    *,
+    seconds: float,
+    seed: int = 0,
+    beside: Callable[[], object] | None = None,
 ) -> dict[int, Samples]:
     """Seconds per call of every contestant, keyed by its place in ``contestants``.
 
     In each round every contestant has one turn, in an order drawn anew, so that a drift of the
     machine meets all alike. A contestant gets about ``seconds`` in all, at least 5 and at most 60
-    turns; the turns of slow ones are spread over the rounds.
+    turns; the turns of slow ones are spread over the rounds. ``beside`` is called five times in
+    between, to measure the machine itself under the same conditions.
     """
     order = random.Random(seed)
     samples = {index: Samples() for index in range(len(contestants))}
@@ -225,6 +233,8 @@ def measure(
         for turn in range(rounds):
             line_up = list(enumerate(contestants))
             order.shuffle(line_up)
+            if beside is not None and _takes_part(turn, min(_BESIDE, rounds), rounds):
+                beside()
             for index, contestant in line_up:
                 if _takes_part(turn, turns[index], rounds):
                     samples[index].seconds.append(timer.sample(contestant))

@@ -68,7 +68,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.set_ylabel("time / three-op")
     environment = result["environment"]
     where = environment.get("gpu") or f"{environment['cpu']}, {environment['threads']} threads"
-    figure.suptitle(f"{where}, torch {environment['torch']}, commit {environment['commit']}")
+    title = f"{where}, torch {environment['torch']}, {environment['commit']}"
+    figure.suptitle(title, fontsize=9, x=0.01, ha="left")
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
