@@ -52,6 +52,23 @@ except ImportError as error:
 print(json.dumps(info))
 """
 
+# The end of the build phase: the right package is found, it has kernels, there is a GPU.
+CHECK = """
+import sys
+from pathlib import Path
+import t2kernels
+from t2kernels import _native
+if not Path(t2kernels.__file__).is_relative_to(sys.argv[1]):
+    sys.exit(f"t2kernels comes from {t2kernels.__file__}, not from {sys.argv[1]}")
+import torch
+if sys.argv[2] == "gpu":
+    if not hasattr(_native, "cuda_svf_decode"):
+        sys.exit("the native module has no CUDA kernels")
+    if not torch.cuda.is_available():
+        sys.exit("torch sees no CUDA device; DRY_RUN=1 rehearses without one")
+print(_native.build_info())
+"""
+
 
 class Run(NamedTuple):
     """What a phase needs to know."""
@@ -66,7 +83,8 @@ Command = list[str]
 def build(run: Run) -> list[Command]:
     shutil.rmtree(SITE, ignore_errors=True)
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
-    return [[*pip, "--no-index", "-v", "--target", str(SITE), str(ROOT)]]
+    check = [sys.executable, "-c", CHECK, str(SITE), "dry" if run.dry else "gpu"]
+    return [[*pip, "--no-index", "-v", "--target", str(SITE), str(ROOT)], check]
 
 
 def pytest(*arguments: str) -> Command:
@@ -166,6 +184,8 @@ def main() -> int:
         print("\n".join(PHASES))
         return 0
     names = chosen(options.phase)
+    if "build" not in names and not (SITE / "t2kernels").is_dir():
+        raise SystemExit(f"gpu: nothing is installed in {SITE}; run the phase 'build' first.")
     run = Run(options.out.resolve(), options.dry_run)
     run.out.mkdir(parents=True, exist_ok=True)
     env = environment(run.dry)
