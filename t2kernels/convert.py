@@ -322,6 +322,8 @@ def revert(model: nn.Module) -> None:
     layers = converted_layers(model)
     if model._t2_route.plan is not None:  # type: ignore[union-attr]
         raise RuntimeError("revert: leave the `with bank.use(...)` block first.")
+    for parameter in model._t2_route.frozen:  # type: ignore[union-attr]
+        parameter.requires_grad_(True)
     for name, layer in layers.items():
         layer.unmerge()
         _set_module(model, name, layer.original())
@@ -333,6 +335,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     """Turn the layers' own z on for training and return them: the optimiser's parameters.
 
     Every other parameter is frozen (PEFT's manner): a weight gradient would need an m×n buffer.
+    ``revert`` thaws what was frozen here.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
@@ -343,8 +346,10 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     layers = converted_layers(model)
     if model._t2_route.merged is not None:  # type: ignore[union-attr]
         raise RuntimeError("trainable: an expert is merged into the weights; call bank.unmerge().")
+    route: Route = model._t2_route  # type: ignore[assignment]
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            route.frozen.append(parameter.requires_grad_(False))
     for layer in layers.values():
         layer.z.requires_grad_(True)
         layer._rests_when_compiled = False

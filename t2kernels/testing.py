@@ -42,16 +42,13 @@ class Inputs:
         """The same (already rounded) values in fp64, for the truth."""
 
         def up(t: Tensor | None) -> Tensor | None:
-            return (
-                t
-                if t is None or not (t.is_floating_point() or t.dtype == torch.int8)
-                else t.double()
-            )
+            return None if t is None else t.double()
 
-        fields = {
-            name: up(getattr(self, name)) for name in ("x", "U", "V", "d", "base", "bias", "scale")
-        }
-        return replace(self, **fields)
+        return replace(
+            self,
+            x=self.x.double(), U=self.U.double(), V=self.V.double(), d=self.d.double(),
+            base=self.base.double(), bias=up(self.bias), scale=up(self.scale),
+        )  # fmt: skip
 
 
 def make_inputs(

@@ -97,6 +97,9 @@ def test_trainable_turns_on_z_and_nothing_else(model):
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in parameters}
     model(IDS).square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in parameters)
+    t2k.trainable(model)  # again, with z already on
+    t2k.revert(model)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_conversion_is_quiet_about_gradients(model):

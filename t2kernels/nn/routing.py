@@ -144,6 +144,7 @@ class Route:
         self.batch_shape: tuple[int, ...] | None = None  # of the model's latest call
         self.batch_rows: int | None = None  # of the call that is running now
         self.layers: tuple[SVFLinear, ...] = ()
+        self.frozen: list[Tensor] = []  # what `trainable` froze, for `revert`
         self._owner: int | None = None
         self._ran_without_plan = False
         model.register_forward_pre_hook(_watch_model_call, with_kwargs=True)

@@ -1,8 +1,8 @@
 """The C++ backend for the CPU: both products in one call at decode sizes, library GEMMs above.
 
-Small T is bound by reading U and V once; ``csrc/cpu`` streams them at the memory's speed. From a few dozen
-tokens on the library's GEMM is the better product, and only the diagonal between is ours. The point of
-change is measured, per dtype: see the constants.
+Small T is bound by reading U and V once; ``csrc/cpu`` streams them at the memory's speed. From a
+few dozen tokens on the library's GEMM is the better product, and only the diagonal between is
+ours. The point of change is measured, per dtype: see the constants.
 """
 
 from __future__ import annotations
