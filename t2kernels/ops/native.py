@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 try:
-    from .. import _native
+    from .. import _native  # type: ignore[attr-defined]
 
     _MISSING: str | None = None
 except ImportError as error:  # a source tree without a build, or a build for another Python
