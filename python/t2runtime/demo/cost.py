@@ -38,8 +38,9 @@ def tokens_per_second(
     for each.
     """
     names = list(bank.names)
+    # Multiples of the golden ratio never meet: as many different mixtures as requests.
     many = [
-        {name: round(0.3 + 0.7 * ((7 * row + 3 * k) % 11) / 10, 2) for k, name in enumerate(names)}
+        {name: 0.2 + 0.8 * (0.618034 * (row + 1) * (k + 1) % 1) for k, name in enumerate(names)}
         for row in range(len(prompts))
     ]
     forms: dict[str, Callable[[], AbstractContextManager[Any]]] = {

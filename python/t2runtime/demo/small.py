@@ -24,11 +24,12 @@ from t2runtime.loading import load
 from t2runtime.tasks import Problem
 from t2runtime.train import Config, train
 
-#: The skills that the demo trains experts for; questions of the others go to the base.
+#: The skills that the demo trains experts for. None is for counting: few shots have to find a
+#: mixture of the others for it.
 SKILLS = ("add", "reverse", "max", "order")
 CLASSIFIER = "classifier"
 NEW_TOKENS = 8
-TEST_PROBLEMS, SHOTS = 400, 8
+TEST_PROBLEMS, SHOTS = 400, 16
 #: At most 60 steps of 256 answers; fewer where validation is answered almost without a fault.
 TRAINING = Config(steps=60, max_new_tokens=NEW_TOKENS, validate_every=10, stop_at=0.98)
 Say = Callable[[str], None]
@@ -82,8 +83,7 @@ def run(out: Path, seed: int, say: Say) -> dict[str, Any]:
         )
 
     found = _few_shot(model, tokenizer, bank, seed, tests, score, say)
-    mixtures: dict[str, Mixture] = {name: found[name]["mixture"] for name in SKILLS}
-    mixtures.update({name: None for name in tasks.SKILLS if name not in SKILLS})
+    mixtures: dict[str, Mixture] = {name: found[name]["mixture"] for name in tasks.SKILLS}
     engine = TwoPass(model, tokenizer, bank, SMALL, CLASSIFIER, mixtures)
     batch = [tests[name][0] for name in tasks.CATEGORIES]
     results: dict[str, Any] = {
@@ -176,12 +176,10 @@ def _few_shot(
     model: Any, tokenizer: Any, bank: Any, seed: int, tests: dict[str, list[Problem]],
     score: Callable[..., Score], say: Say,
 ) -> dict[str, Any]:  # fmt: skip
-    """For each skill, the mixture that the cross-entropy method finds from a few labelled
-    prompts.
-    """
+    """For each skill, trained or not, the mixture that is found from a few labelled prompts."""
     say(f"\nfew-shot: mixtures found from {SHOTS} labelled prompts, accuracy without them")
     result: dict[str, Any] = {}
-    for name in SKILLS:
+    for name in tasks.SKILLS:
         shots = tasks.problems(name, SHOTS, "validation", seed)
         found = search(
             model, tokenizer, bank, SKILLS, shots, NEW_TOKENS,
