@@ -44,8 +44,8 @@ _ROLLOUT = "t2-rollout"
 def advantages(scores: Tensor, baseline: str) -> Tensor:
     """Rewards (prompts, samples) minus the mean of the prompt's other samples.
 
-    >>> advantages(torch.tensor([[1.0, -1.0, -1.0]]), "leave-one-out").tolist()
-    [[2.0, -1.0, -1.0]]
+    >>> advantages(torch.tensor([[1.0, -1.0]]), "leave-one-out").tolist()
+    [[2.0, -2.0]]
     """
     if baseline == "none":
         return scores
