@@ -43,6 +43,9 @@ class Options:
 
     compile: bool = True
     peft: bool = True
+    # Contestants whose one call would take longer at the machine's best rate are left out.
+    gflops: float = float("inf")
+    longest_call_s: float = 1.0
 
 
 def three_op(x: Tensor, U: Tensor, V: Tensor, d: Tensor) -> Tensor:
@@ -187,7 +190,7 @@ class LineUp:
             self._svf_cost(1, self.x.element_size()),
         )  # fmt: skip
 
-    def _rebuilt(self) -> Contestant:
+    def _rebuilt(self) -> Contestant | Skipped:
         x, sets, d, s = self.x, self.layer.sets, self.d16[0], self.layer.shape
         size, weight = x.element_size(), s.in_features * s.out_features
 
@@ -198,6 +201,8 @@ class LineUp:
         # U and V are read, W' is written and read.
         moved = (s.rank * (s.in_features + s.out_features) + 2 * weight) * size + self._io()
         work = 2 * weight * (s.rank + self.T)
+        if work / self.options.gflops / 1e9 > self.options.longest_call_s:
+            return Skipped("rebuilt W'", "one call would take more than a second")
         return self._contestant("rebuilt W'", 1, call, partial(self.truth.svf, 1), (moved, work))
 
     def _bmm(self) -> Iterator[Contestant | Skipped]:

@@ -56,8 +56,9 @@ QUICK_SHAPES = (Shape(2048, 2048),)
 
 # Token counts that only some shapes are measured at, so that a full run on two cores ends.
 _LARGE_ON_CPU = {2048: (Shape(2048, 2048), Shape(2048, 8192)), 8192: (Shape(2048, 2048),)}
-# Dtypes whose library products a CPU without fp16 arithmetic emulates.
-_SLOW_ON_CPU = {"fp16": 512}
+# CPUs without fp16 arithmetic emulate it, ten times as slow: (most tokens, and on small layers).
+_SLOW_ON_CPU = {"fp16": (64, 512)}
+_SMALL = Shape(2048, 2048)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def grid(
         for dtype in dtypes or all_dtypes:
             for count in tokens or all_tokens:
                 large = shape not in _LARGE_ON_CPU.get(count, (shape,))
-                slow = count > _SLOW_ON_CPU.get(dtype, count)
+                slow = count > _SLOW_ON_CPU.get(dtype, (count, count))[shape == _SMALL]
                 if on_cpu and tokens is None and (large or slow):
                     continue
                 cases.append(Case(shape, dtype, count))
