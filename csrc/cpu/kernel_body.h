@@ -19,7 +19,8 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define T2_INLINE inline __attribute__((always_inline))
-#define T2_PREFETCH(address) __builtin_prefetch((address), 0, 3)
+// Into the second-level cache: what is asked for here is a whole tile of rows away.
+#define T2_PREFETCH(address) __builtin_prefetch((address), 0, 2)
 #else
 #define T2_INLINE inline
 #define T2_PREFETCH(address) ((void)0)
@@ -30,20 +31,13 @@ namespace {
 
 constexpr int kCacheLine = 64;
 
-// sums[token][row] for ROWS weight rows and TOKENS tokens. PREFETCH: every line of the weight that is read also
-// asks for the line `ahead` bytes further, which is where the next tile of rows begins.
-template <class P, int ROWS, int TOKENS, bool PREFETCH>
-void tile(const typename P::Weight* const* weight, const typename P::Act* act, std::int64_t act_stride,
-          std::int64_t k, std::int64_t ahead, float* sums) {
-  using Weight = typename P::Weight;
-  constexpr int kSteps = kCacheLine / (P::kStep * static_cast<int>(sizeof(Weight)));
+// acc[token][row] += act[token][0:k] * weight[row][0:k]. Along with every line of its first AHEAD rows it asks for the
+// line `ahead` bytes further, in the next rows to come.
+template <class P, int ROWS, int TOKENS, int AHEAD>
+T2_INLINE void multiply(typename P::Acc (&acc)[TOKENS][ROWS], const typename P::Weight* const (&w)[ROWS],
+                        const typename P::Act* act, std::int64_t act_stride, std::int64_t k, std::int64_t ahead) {
+  constexpr int kSteps = kCacheLine / (P::kStep * static_cast<int>(sizeof(typename P::Weight)));
   constexpr int kUnroll = kSteps < 1 ? 1 : kSteps;
-  const Weight* w[ROWS];
-  for (int j = 0; j < ROWS; ++j) w[j] = weight[j];
-  typename P::Acc acc[TOKENS][ROWS];
-  for (int t = 0; t < TOKENS; ++t)
-    for (int j = 0; j < ROWS; ++j) acc[t][j] = P::zero();
-
   const auto step = [&](std::int64_t i) {
     typename P::WReg wr[ROWS];
     for (int j = 0; j < ROWS; ++j) wr[j] = P::load_w(w[j] + i);
@@ -54,8 +48,7 @@ void tile(const typename P::Weight* const* weight, const typename P::Act* act, s
   };
   std::int64_t i = 0;
   for (; i + kUnroll * P::kStep <= k; i += kUnroll * P::kStep) {
-    if (PREFETCH)
-      for (int j = 0; j < ROWS; ++j) T2_PREFETCH(reinterpret_cast<const char*>(w[j] + i) + ahead);
+    for (int j = 0; j < AHEAD; ++j) T2_PREFETCH(reinterpret_cast<const char*>(w[j] + i) + ahead);
     for (int u = 0; u < kUnroll; ++u) step(i + u * P::kStep);
   }
   for (; i + P::kStep <= k; i += P::kStep) step(i);
@@ -68,36 +61,73 @@ void tile(const typename P::Weight* const* weight, const typename P::Act* act, s
       for (int j = 0; j < ROWS; ++j) acc[t][j] = P::fma(acc[t][j], wr[j], ar);
     }
   }
+}
+
+// sums[token][row]: the lanes of every accumulator folded.
+template <class P, int ROWS, int TOKENS>
+T2_INLINE void fold_tile(typename P::Acc (&acc)[TOKENS][ROWS], float* sums) {
   for (int t = 0; t < TOKENS; ++t)
     for (int j = 0; j < ROWS; j += 4)
       P::sum4(acc[t][j], acc[t][j + 1], acc[t][j + 2], acc[t][j + 3], sums + t * ROWS + j);
 }
 
-template <class P, int ROWS, bool PREFETCH>
-T2_INLINE void tile_of(int tokens, const typename P::Weight* const* weight, const typename P::Act* act,
-                       std::int64_t act_stride, std::int64_t k, std::int64_t ahead, float* sums) {
+template <class P, int ROWS, int TOKENS, int AHEAD>
+void tile(const typename P::Weight* const (&weight)[ROWS], const typename P::Act* act, std::int64_t act_stride,
+          std::int64_t k, std::int64_t ahead, float* sums) {
+  const typename P::Weight* w[ROWS];
+  for (int j = 0; j < ROWS; ++j) w[j] = weight[j];
+  typename P::Acc acc[TOKENS][ROWS];
+  for (int t = 0; t < TOKENS; ++t)
+    for (int j = 0; j < ROWS; ++j) acc[t][j] = P::zero();
+  multiply<P, ROWS, TOKENS, AHEAD>(acc, w, act, act_stride, k, ahead);
+  fold_tile<P, ROWS, TOKENS>(acc, sums);
+}
+
+// A tile over one chunk of k: the accumulators rest in `carry` between chunks. Registers to memory and back keeps
+// every bit, so the chunks change nothing in the result.
+template <class P, int TOKENS>
+void tile_chunk(const typename P::Weight* const (&weight)[4], const typename P::Act* act, std::int64_t act_stride,
+                std::int64_t k, bool first, bool last, typename P::Acc* carry, float* sums) {
+  const typename P::Weight* w[4];
+  for (int j = 0; j < 4; ++j) w[j] = weight[j];
+  typename P::Acc acc[TOKENS][4];
+  for (int t = 0; t < TOKENS; ++t)
+    for (int j = 0; j < 4; ++j) acc[t][j] = first ? P::zero() : carry[t * 4 + j];
+  multiply<P, 4, TOKENS, 0>(acc, w, act, act_stride, k, 0);
+  if (last) {
+    fold_tile<P, 4, TOKENS>(acc, sums);
+  } else {
+    for (int t = 0; t < TOKENS; ++t)
+      for (int j = 0; j < 4; ++j) carry[t * 4 + j] = acc[t][j];
+  }
+}
+
+template <int TOKENS>
+struct Count {
+  static constexpr int value = TOKENS;
+};
+
+// f(Count<tokens>) for 1 <= tokens <= MOST <= 6.
+template <int MOST, class F>
+T2_INLINE void with_count(int tokens, const F& f) {
+  static_assert(MOST >= 1 && MOST <= 6, "add a case");
   switch (tokens) {
     case 1:
-      return tile<P, ROWS, 1, PREFETCH>(weight, act, act_stride, k, ahead, sums);
+      return f(Count<1>{});
     case 2:
-      if constexpr (P::kTokens * 4 >= 2 * ROWS)
-        return tile<P, ROWS, 2, PREFETCH>(weight, act, act_stride, k, ahead, sums);
+      if constexpr (MOST >= 2) return f(Count<2>{});
       break;
     case 3:
-      if constexpr (P::kTokens * 4 >= 3 * ROWS)
-        return tile<P, ROWS, 3, PREFETCH>(weight, act, act_stride, k, ahead, sums);
+      if constexpr (MOST >= 3) return f(Count<3>{});
       break;
     case 4:
-      if constexpr (P::kTokens * 4 >= 4 * ROWS)
-        return tile<P, ROWS, 4, PREFETCH>(weight, act, act_stride, k, ahead, sums);
+      if constexpr (MOST >= 4) return f(Count<4>{});
       break;
     case 5:
-      if constexpr (P::kTokens * 4 >= 5 * ROWS)
-        return tile<P, ROWS, 5, PREFETCH>(weight, act, act_stride, k, ahead, sums);
+      if constexpr (MOST >= 5) return f(Count<5>{});
       break;
     default:
-      if constexpr (P::kTokens * 4 >= 6 * ROWS)
-        return tile<P, ROWS, 6, PREFETCH>(weight, act, act_stride, k, ahead, sums);
+      if constexpr (MOST >= 6) return f(Count<6>{});
       break;
   }
 }
@@ -137,44 +167,88 @@ struct Output {
   }
 };
 
+// One tile of tokens: the weights are streamed once, ROWS rows at a time, and the next rows are asked for meanwhile.
 template <class P, template <class> class Store, int ROWS>
 void sweep(const Product& p, std::int64_t row_begin, std::int64_t row_end) {
   using Weight = typename P::Weight;
-  using Act = typename P::Act;
   constexpr int kTile = P::kTokens * 4 / ROWS;
   const Weight* const base = static_cast<const Weight*>(p.weight);
-  const Act* const act = static_cast<const Act*>(p.act);
-  const std::int64_t tiles = (p.T + kTile - 1) / kTile;
+  const typename P::Act* const act = static_cast<const typename P::Act*>(p.act);
+  const int tokens = static_cast<int>(p.T);
   alignas(kCacheLine) float sums[kTile * ROWS];
   for (std::int64_t j = row_begin; j < row_end; j += ROWS) {
     const int rows = static_cast<int>(row_end - j < ROWS ? row_end - j : ROWS);
     // Rows past the end repeat the last one, so nothing outside the matrix is read; their sums are dropped.
     const Weight* w[ROWS];
     for (int i = 0; i < ROWS; ++i) w[i] = base + (j + (i < rows ? i : rows - 1)) * p.k;
+    // The last rows of the first product ask for the first rows of the second, across the barrier between.
     const char* const next = j + ROWS < row_end ? reinterpret_cast<const char*>(base + (j + ROWS) * p.k)
                                                 : static_cast<const char*>(p.next);
-    const std::int64_t ahead = next ? next - reinterpret_cast<const char*>(w[0]) : 0;
+    with_count<kTile>(tokens, [&](auto count) {
+      constexpr int kCount = decltype(count)::value;
+      if (next) {
+        tile<P, ROWS, kCount, ROWS>(w, act, p.act_stride, p.k, next - reinterpret_cast<const char*>(w[0]), sums);
+      } else {
+        tile<P, ROWS, kCount, 0>(w, act, p.act_stride, p.k, 0, sums);
+      }
+    });
+    for (int u = 0; u < tokens; ++u) Store<P>::store(p, u, j, rows, sums + u * ROWS);
+  }
+}
+
+// Many tokens: a panel of rows that stays in the second-level cache is used by one tile of tokens after another, in
+// chunks of k so short that the tile's activations stay in the first level.
+constexpr std::int64_t kPanelBytes = 384 * 1024;
+constexpr std::int64_t kChunkBytes = 2048;
+constexpr int kPanelRows = 64;
+
+template <class P, template <class> class Store>
+void sweep_panels(const Product& p, std::int64_t row_begin, std::int64_t row_end) {
+  using Weight = typename P::Weight;
+  using Act = typename P::Act;
+  constexpr int kTile = P::kTokens;
+  constexpr std::int64_t kChunk = kChunkBytes / static_cast<std::int64_t>(sizeof(Act));
+  const Weight* const base = static_cast<const Weight*>(p.weight);
+  const Act* const act = static_cast<const Act*>(p.act);
+  const std::int64_t tiles = (p.T + kTile - 1) / kTile;
+  std::int64_t panel = kPanelBytes / (p.k * static_cast<std::int64_t>(sizeof(Weight))) / 4 * 4;
+  panel = panel < 8 ? 8 : panel > kPanelRows ? kPanelRows : panel;
+  alignas(kCacheLine) float sums[kTile * 4];
+  alignas(kCacheLine) typename P::Acc carry[kPanelRows / 4][kTile * 4];
+  for (std::int64_t begin = row_begin; begin < row_end; begin += panel) {
+    const std::int64_t end = begin + panel < row_end ? begin + panel : row_end;
     for (std::int64_t i = 0; i < tiles; ++i) {
       const std::int64_t t = p.T * i / tiles;
       const int tokens = static_cast<int>(p.T * (i + 1) / tiles - t);
-      const Act* a = act + t * p.act_stride;
-      if (i == 0 && next) {
-        tile_of<P, ROWS, true>(tokens, w, a, p.act_stride, p.k, ahead, sums);
-      } else {
-        tile_of<P, ROWS, false>(tokens, w, a, p.act_stride, p.k, 0, sums);
+      for (std::int64_t c = 0; c < p.k; c += kChunk) {
+        const std::int64_t k = c + kChunk < p.k ? kChunk : p.k - c;
+        const bool last = c + k == p.k;
+        const Act* const a = act + t * p.act_stride + c;
+        for (std::int64_t j = begin; j < end; j += 4) {
+          const int rows = static_cast<int>(end - j < 4 ? end - j : 4);
+          const Weight* w[4];
+          for (int u = 0; u < 4; ++u) w[u] = base + (j + (u < rows ? u : rows - 1)) * p.k + c;
+          typename P::Acc* const rest = carry[(j - begin) / 4];
+          with_count<kTile>(tokens, [&](auto count) {
+            tile_chunk<P, decltype(count)::value>(w, a, p.act_stride, k, c == 0, last, rest, sums);
+          });
+          if (last)
+            for (int u = 0; u < tokens; ++u) Store<P>::store(p, t + u, j, rows, sums + u * 4);
+        }
       }
-      for (int u = 0; u < tokens; ++u) Store<P>::store(p, t + u, j, rows, sums + u * ROWS);
     }
   }
 }
 
-// Few tokens take 8 rows at a time, for enough independent sums and enough open memory streams.
+// Few tokens take 8 rows at a time, for enough independent sums and enough open memory streams; more take 4.
 template <class P, template <class> class Store>
 void product(const Product& p, std::int64_t row_begin, std::int64_t row_end) {
   if (p.T * 2 <= P::kTokens) {
     sweep<P, Store, 8>(p, row_begin, row_end);
-  } else {
+  } else if (p.T <= P::kTokens) {
     sweep<P, Store, 4>(p, row_begin, row_end);
+  } else {
+    sweep_panels<P, Store>(p, row_begin, row_end);
   }
 }
 

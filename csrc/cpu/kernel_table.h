@@ -1,4 +1,4 @@
-// What one instruction set offers to dispatch.cpp: plain function pointers, filled by isa_*.cpp.
+// What one instruction set offers to products.cpp, rows.cpp: plain function pointers, filled by isa_*.cpp.
 #pragma once
 
 #include <cstdint>

@@ -2,7 +2,7 @@
 //
 //     y = ((x V) * d_row) U^T + bias        d_row(t) = D[slot[t]], or `base` where slot[t] = -1
 //
-// How to build. Sources: dispatch.cpp threads.cpp isa_scalar.cpp isa_avx2.cpp isa_avx512.cpp isa_avx512bf16.cpp
+// How to build. Sources: all *.cpp of this folder
 //   every file          -std=c++17 -O3 -fPIC -ffp-contract=off   (no -ffast-math, no -march=native, no -fopenmp)
 //   isa_avx2.cpp        + -mavx2 -mfma -mf16c                                                    (x86-64 only)
 //   isa_avx512.cpp      + -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c                (x86-64 only)
@@ -61,9 +61,9 @@ void scale_rows(Address h, std::int64_t h_stride, Address out, std::int64_t out_
                 std::int64_t r, int dtype, int n_threads, int isa);
 
 // One pass of the backward over gu = g U (T, r) and h = x V (T, r), both in dtype:
-//   dd[s] = sum over t with slot[t] = s of scale * h[t] * gu[t]     (slots, r) fp32 contiguous; (r,) when slot = 0
+//   dd[s] = sum over t with slot[t] = s of scale * h[t] * gu[t]     (slots, r) fp32 contiguous; slots = 1 when slot = 0
 //   gu[t] = gu[t] * d_row(t) * scale                                in place
-// dd = 0 or h = 0 skips the sum, d = 0 skips the product. The order of the sum is t = 0, 1, ..., in blocks of a
+// dd = 0 skips the sum (h = 0 leaves it zero), d = 0 skips the product. The order of the sum is t = 0, 1, ..., in blocks of a
 // fixed length: independent of the number of threads.
 void backward_rows(Address gu, std::int64_t gu_stride, Address h, std::int64_t h_stride, Address d,
                    std::int64_t d_stride, std::int64_t slots, Address slot, Address base, Address scale, Address dd,

@@ -150,12 +150,14 @@ def backward(
     if need_dd and h is not None and h.shape[1] > 1 and h.stride(1) != 1:
         h = h.contiguous()
     dd = torch.empty(d.shape, dtype=torch.float32) if need_dd else None
+    # An empty table has no address; it means "every row uses base", not "no diagonal".
+    d_address = d.data_ptr() or base.data_ptr()
     _native.backward_rows(
         gu.data_ptr(),
         gu.stride(0),
         0 if h is None or not need_dd else h.data_ptr(),
         0 if h is None else h.stride(0),
-        d.data_ptr() if need_dx else 0,
+        d_address if need_dx else 0,
         d.stride(0),
         1 if slot is None else d.shape[0],
         0 if slot is None else slot.data_ptr(),

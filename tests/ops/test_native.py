@@ -28,7 +28,7 @@ from t2kernels import _native
 
 ISAS = _native.isa_available()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# (T, n, m, r): degenerate; one past and one short of a step, a line, a tile; whole tiles; many tokens.
+# (T, n, m, r): degenerate; one past or short of a step, a line, a tile; whole tiles; many tokens.
 SHAPES = [
     (1, 1, 1, 1),
     (1, 17, 63, 9),
@@ -119,8 +119,10 @@ def test_strided_inputs(isa, path, dtype, int8, request) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_tokens(isa, dtype) -> None:
-    for slots in (0, 2):
-        i = make_inputs(0, 20, 30, 10, slots=slots, dtype=dtype)
+    for slots in (None, 0, 2):
+        i = make_inputs(0, 20, 30, 10, slots=slots or 0, dtype=dtype)
+        if slots == 0:
+            i = replace(i, d=i.d[None, :][:0], slot=torch.empty(0, dtype=torch.int32))
         y, h = native.forward(*i.args(), save_h=True, batch_invariant=True)
         assert y.shape == (0, 30) and h is not None and h.shape == (0, 10)
         g = torch.empty(0, 30, dtype=dtype)
@@ -128,6 +130,18 @@ def test_no_tokens(isa, dtype) -> None:
             dx, dd = native.backward(g, i.x, i.U, i.V, i.d, i.base, i.slot)
         assert dx is not None and dx.shape == (0, 20)
         assert dd is not None and torch.equal(dd, torch.zeros_like(i.d))
+
+
+def test_empty_table_means_base(isa) -> None:
+    i = make_inputs(3, 20, 30, 10)
+    none = replace(i, d=torch.empty(0, 10), slot=torch.full((3,), -1, dtype=torch.int32))
+    plain = replace(i, d=i.base)
+    assert torch.equal(native.forward(*none.args())[0], native.forward(*plain.args())[0])
+    g = torch.randn(3, 30)
+    dx, dd = native.backward(g, i.x, i.U, i.V, none.d, i.base, none.slot)
+    want, _ = native.backward(g, i.x, i.U, i.V, i.base, i.base)
+    assert dx is not None and want is not None and torch.equal(dx, want)
+    assert dd is not None and dd.shape == (0, 10)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -265,7 +279,9 @@ class PageEnd:
     def __init__(self) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         libc.mmap.restype = ctypes.c_void_p
-        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+        libc.mmap.argtypes = (
+            [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+        )
         libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         self.libc = libc
@@ -276,7 +292,9 @@ class PageEnd:
         page, size = mmap.PAGESIZE, t.numel() * t.element_size()
         body = -(-size // page) * page
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        start = self.libc.mmap(None, body + 2 * page, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+        start = self.libc.mmap(
+            None, body + 2 * page, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0
+        )
         assert start not in (None, ctypes.c_void_p(-1).value)
         assert self.libc.mprotect(start, page, 0) == 0
         assert self.libc.mprotect(start + page + body, page, 0) == 0
@@ -295,7 +313,7 @@ class PageEnd:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("int8", [False, True], ids=["same", "int8"])
 def test_nothing_outside_is_touched(isa, decode, dtype, int8) -> None:
-    """Every operand ends at a page that would fault: reading or writing one byte past kills the test."""
+    """Every operand ends at a page that faults: one byte read or written past it kills the run."""
     for T, n, m, r in [(1, 1, 1, 1), (3, 33, 13, 31), (6, 200, 63, 47), (17, 65, 130, 9)]:
         i = make_inputs(T, n, m, r, slots=2, dtype=dtype, int8=int8)
         end = PageEnd()
