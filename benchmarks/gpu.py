@@ -102,7 +102,7 @@ def test_all(run: Run) -> list[Command]:
         return [pytest("tests", "--collect-only", "-q")]
     workers = str(min(8, os.cpu_count() or 1))
     arguments = ["tests", "--ignore=tests/gpu", "-q", "--durations=10"]
-    return [pytest(*arguments, "-n", workers, "--dist", "loadgroup")]
+    return [pytest(*arguments, "-n", workers, "--dist", "loadfile")]
 
 
 def bench(run: Run) -> list[Command]:

@@ -20,9 +20,6 @@ from t2kernels._version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# One worker builds and examines the archives.
-pytestmark = pytest.mark.xdist_group("build")
-
 needs_tools = pytest.mark.skipif(
     shutil.which("c++") is None or shutil.which("ninja") is None,
     reason="a C++ compiler and ninja are needed to build the package",

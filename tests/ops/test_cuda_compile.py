@@ -23,10 +23,7 @@ ARCHS = ["80", "90a"]
 # A block may have 65,536 registers on both; 48 KiB is what needs no opt-in at launch.
 REGISTERS_PER_SM, MAX_REGISTERS, STATIC_SHARED_BYTES = 65536, 255, 48 * 1024
 
-pytestmark = [
-    pytest.mark.skipif(NVCC is None, reason="nvcc is not installed"),
-    pytest.mark.xdist_group("cuda_compile"),
-]
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
 REPORT = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\w+)'"

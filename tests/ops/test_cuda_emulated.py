@@ -30,11 +30,7 @@ COMPILER = shutil.which("g++")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ERROR_BYTES = 500
 
-pytestmark = [
-    pytest.mark.skipif(COMPILER is None, reason="g++ is needed to compile the emulation"),
-    # One worker builds the library and runs all of this file.
-    pytest.mark.xdist_group("cuda_emulation"),
-]
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is needed for the emulation")
 
 
 def compile_library(folder: Path) -> Path:
