@@ -1,7 +1,7 @@
 """Inputs and error measures shared by the tests, the benchmarks and anyone who adds a kernel.
 
 The rule of acceptance (also flash-attention's): a kernel may err, against the fp64 truth, by at
-most twice what plain torch errs in the same dtype, plus a floor of a few units in the last place.
+most twice what plain torch errs in the same dtype, plus a small floor (``error_floor``).
 """
 
 from __future__ import annotations
@@ -113,9 +113,15 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp_min(1e-300))
 
 
-def error_floor(dtype: torch.dtype) -> float:
-    """A few units in the last place: what even a perfect kernel may err by rounding its result."""
-    return 4 * torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+def error_floor(dtype: torch.dtype, elements: int = 1) -> float:
+    """What even a right kernel may err beyond the rule.
+
+    In a few elements of a low precision plain torch can be right by luck, so one unit in the last
+    place is allowed there; in many, rounding averages out and a few units of fp32 are enough.
+    """
+    if elements >= 256 or dtype in (torch.float32, torch.float64):
+        return 4 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    return torch.finfo(dtype).eps
 
 
 def plain_forward(inputs: Inputs) -> Tensor:
@@ -130,7 +136,7 @@ def plain_forward(inputs: Inputs) -> Tensor:
 def assert_accurate(actual: Tensor, truth: Tensor, plain: Tensor, what: str = "result") -> None:
     """Raise unless error(actual) ≤ 2 × error(plain torch) + floor, against the fp64 truth."""
     error, allowed = relative_error(actual, truth), 2 * relative_error(plain, truth)
-    limit = allowed + error_floor(actual.dtype)
+    limit = allowed + error_floor(actual.dtype, actual.numel())
     if not error <= limit:
         raise AssertionError(f"{what}: relative error {error:.3e}, allowed {limit:.3e}")
 
