@@ -45,6 +45,7 @@ lint: install-test
 # By file: modules that build a library do so in one worker. (loadgroup of pytest-xdist 3.8 groups
 # nothing with pytest 9.2.) Spinning threads of two workers would fight for the cores.
 test: lint
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q --doctest-modules --pyargs t2kernels t2runtime
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 # Through the console script: `python -m` would put the source tree before the installed package.
