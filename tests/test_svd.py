@@ -318,6 +318,7 @@ def test_accuracy_of_a_real_size(m: int, n: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("m", "n"), [(512, 512), (256, 1024), (1024, 256), (4096, 4096)])
 def test_gpu(m: int, n: int) -> None:
     weight = _random(m, n)
