@@ -1,8 +1,8 @@
 """The C++ backend for the CPU: both products in one call at decode sizes, library GEMMs above.
 
-Small T is bound by reading U and V once; ``csrc/cpu`` streams them at the memory's speed. From a
-few dozen tokens on the library's GEMM is the better product, and only the diagonal between is
-ours. The point of change is measured, per dtype: see the constants.
+Small T is bound by reading U and V once; ``csrc/cpu`` streams them at the memory's speed. Where the
+library's GEMM is good it is the better product from a few dozen tokens on, and only the diagonal
+between is ours. The point of change is measured, per dtype: see the constants.
 """
 
 from __future__ import annotations
@@ -26,13 +26,56 @@ NAME = "native"
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _AUTO = -1
 
-# Largest T at which the decode kernel is chosen, by weight dtype (then x's dtype for int8).
-# Origin: benchmarks/LOG.md, "CPU kernels", crossover against two library GEMMs.
-DECODE_TOKENS = {torch.float32: 64, torch.bfloat16: 16, torch.float16: 128}
-DECODE_TOKENS_INT8 = {torch.float32: 64, torch.bfloat16: 16, torch.float16: 64}
-
+# Where the library takes over is measured (benchmarks/LOG.md, "CPU kernels"; 2 cores of EPYC Zen 5,
+# torch 2.13 with MKL 2024.2 and oneDNN 3.12). Tokens:
+_UNLIMITED = 1 << 62
+# oneDNN's bf16 GEMM reaches 750 GFLOP/s there, ours 500: equal at 24 to 48 tokens.
+_BF16_TOKENS = 24
+# The same GEMM after widening int8 to bf16; ours widens in registers, to fp32.
+_INT8_BF16_TOKENS = 24
+# A library at its best (not measured here: MKL on its own make of CPU, fp16 in hardware) is left
+# to do everything that the memory's speed does not decide.
+_CAUTIOUS_TOKENS = 16
+# Without vector instructions of ours only products that wait for memory are worth it.
+_SCALAR_TOKENS = 4
 # int8 weights of large T are widened piece by piece into one buffer of at most this many elements.
 DEQUANTISE_ELEMENTS = 4 * 1024 * 1024
+
+
+def _mkl_is_slow() -> bool:
+    """MKL's fp32 GEMM stays at 156 of some 500 GFLOP/s on AMD; ours reaches 290 there."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return torch.backends.mkl.is_available() and "AuthenticAMD" in file.read(4096)
+    except OSError:
+        return False
+
+
+def _onednn_has(dtype: str) -> bool:
+    """Whether torch's GEMM in a 16-bit type is oneDNN's; if not it is a loop at 55 GFLOP/s."""
+    try:
+        return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported")())
+    except (AttributeError, RuntimeError):
+        return True
+
+
+def _decode_tokens() -> tuple[dict[torch.dtype, int], dict[torch.dtype, int]]:
+    """Largest T for the kernel of ours, by x's dtype: with factors of that dtype, and with int8."""
+    if _MISSING is not None or _native.isa_name(_AUTO) == "scalar":
+        scalar = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), _SCALAR_TOKENS)
+        return scalar, dict(scalar)
+    wide = _native.isa_name(_AUTO) != "avx2"
+    fp32 = _UNLIMITED if wide and _mkl_is_slow() else _CAUTIOUS_TOKENS
+    fp16 = _CAUTIOUS_TOKENS if _onednn_has("fp16") else _UNLIMITED
+    bf16, int8_bf16 = _UNLIMITED, _UNLIMITED
+    if _onednn_has("bf16"):
+        fast = _native.isa_name(_AUTO) == "avx512bf16"
+        bf16, int8_bf16 = (_BF16_TOKENS, _INT8_BF16_TOKENS) if fast else (_CAUTIOUS_TOKENS,) * 2
+    same = {torch.float32: fp32, torch.bfloat16: bf16, torch.float16: fp16}
+    return same, {**same, torch.bfloat16: int8_bf16}
+
+
+DECODE_TOKENS, DECODE_TOKENS_INT8 = _decode_tokens()
 
 
 def unavailable(
