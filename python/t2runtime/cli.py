@@ -89,6 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--two-pass", action="store_true", help="let the model choose one of the experts per prompt"
     )
     p.add_argument("--classifier", metavar="FILE", help="expert under which pass 1 runs")
+    p.add_argument(
+        "--allow-mismatch", action="store_true", help="take experts made for another base weight"
+    )
 
     p = _add(commands, "inspect", "what an expert file or a factor store holds")
     p.add_argument("file")
@@ -129,5 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("T2_DEBUG"):
             raise
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        # The library speaks to programs; here the same thing is an option.
+        text = text.replace("pass allow_mismatch=True", "give --allow-mismatch")
+        text = text.replace("overwrite=True", "--overwrite")
         print(f"t2 {args.command}: error: {' '.join(text.split())}", file=sys.stderr)
         return 2 if isinstance(error, USER_ERRORS) else 1

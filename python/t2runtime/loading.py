@@ -9,10 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 #: Where the model that comes with the package lies; its card is the README.md beside the weights.
 SMALL_MODEL = Path(__file__).parent / "models" / "small"
+SMALL_NAME = "t2runtime/small"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def device_of(text: str) -> str:
+    """`auto` is the GPU where there is one; anything else must be a device that can be used.
+
+    >>> device_of("cpu")
+    'cpu'
+    """
+    if text == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=text)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device {text} cannot be used here: {reason}. Try --device cpu"
+        ) from None
+    return text
 
 
 def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
@@ -29,7 +49,9 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any
             f"models need transformers: pip install 't2kernels[hf]' ({error})"
         ) from error
     path = SMALL_MODEL if name == "small" else Path(name).expanduser()
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+    if not path.exists() and name.startswith((".", "/", "~")):
+        raise ValueError(f"MODEL {name!r}: no such folder")
+    if not path.exists() and name.count("/") != 1:
         raise ValueError(
             f"MODEL must be 'small', a folder, or owner/name on the hub; {name!r} is none of these"
         )
@@ -40,11 +62,18 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any
     where = str(path) if path.exists() else name
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(device)
     chosen = DTYPES.get(dtype, torch.float32 if device == "cpu" else "auto")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(where)
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=chosen).to(device).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=chosen).to(device).eval()
+    except SafetensorError as error:
+        raise ValueError(
+            f"MODEL {name!r}: its weights are truncated or damaged ({error}). Copy them again"
+        ) from error
+    if name == "small":
+        # Written into experts as their base model: the place of the package means nothing there.
+        model.config._name_or_path = SMALL_NAME
     return model, tokenizer

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,9 @@ def test_typos_are_answered(
     ("words", "said"),
     [
         (("inspect", "nowhere.safetensors"), "no such file"),
-        (("generate", "./nowhere", "--prompt", "x"), "MODEL must be"),
+        (("generate", "./nowhere", "--prompt", "x"), "no such folder"),
+        (("generate", "a/b/c", "--prompt", "x"), "MODEL must be"),
+        (("generate", "small", "--prompt", "x", "--classifier", "c.safetensors"), "--two-pass"),
         (("generate", "small"), "--prompt must be given"),
         (("generate", "small", "--prompt", "x", "--expert", "f=big"), "FILE=WEIGHT"),
         (("train", "small", "--task", "add", "--out", "x.pt"), ".safetensors"),
@@ -148,3 +151,62 @@ def test_the_shipped_model_is_small() -> None:
     assert path.stat().st_size <= 2_000_000
     card = json.loads((SMALL_MODEL / "training.json").read_text())
     assert card["seed"] == 0 and set(card["accuracy"]) >= {"add", "reverse", "order", "category"}
+
+
+def test_a_store_serves_generate_and_train(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, small: Any
+) -> None:
+    store = str(tmp_path / "store")
+    assert call(capsys, "decompose", "small", "--out", store, "--targets", "q_proj")[0] == 0
+    common = ("small", "--factors", store, "--targets", "q_proj")
+    code, _, err = call(capsys, "generate", *common, "--prompt", "1+1=", "--max-new-tokens", "2")
+    assert code == 0, err
+    code, _, err = call(
+        capsys, "train", *common, "--task", "add", "--out", str(tmp_path / "e.safetensors"),
+        "--steps", "1", "--prompts", "2", "--samples", "2",
+    )  # fmt: skip
+    assert code == 0, err
+    expert = t2k.Expert.load(tmp_path / "e.safetensors")
+    assert expert.base_model == "t2runtime/small", "a path of this machine helps nobody"
+    code, out, _ = call(capsys, "inspect", store)
+    assert code == 0 and "128x128" in out and "{" not in out
+
+
+def test_damaged_weights_are_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, small: Any
+) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(SMALL_MODEL, copy)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    code, _, err = call(capsys, "generate", str(copy), "--prompt", "1+1=")
+    assert code == 2 and "truncated" in err and len(err.splitlines()) == 1
+    out = str(tmp_path / "e.safetensors")
+    code, _, err = call(capsys, "train", str(copy), "--task", "add", "--out", out)
+    assert code == 2 and len(err.splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", ["generate", "decompose"])
+def test_a_device_that_is_not_there(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
+    store = tmp_path / "store"
+    words = ("--prompt", "x") if command == "generate" else ("--out", str(store))
+    code, _, err = call(capsys, command, "small", "--device", "cuda", *words)
+    assert code == 2 and "--device cuda" in err and len(err.splitlines()) == 1
+    assert not store.exists()
+
+
+def test_an_expert_of_another_base(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, small: Any
+) -> None:
+    here = t2k.Expert.from_model(small[0])
+    marks = dict.fromkeys(here.z, "another")
+    path = tmp_path / "e.safetensors"
+    t2k.Expert(here.z, marks).save(path)
+    words = ("generate", "small", "--expert", str(path), "--prompt", "1+1=")
+    code, _, err = call(capsys, *words)
+    assert code == 2 and "--allow-mismatch" in err and "=True" not in err
+    code, _, err = call(capsys, *words, "--allow-mismatch", "--max-new-tokens", "2")
+    assert code == 0, err

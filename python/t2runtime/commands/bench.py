@@ -14,16 +14,14 @@ import torch
 
 import t2kernels as t2k
 from t2kernels.testing import make_inputs, relative_error
-from t2runtime.loading import DTYPES
+from t2runtime.loading import DTYPES, device_of
 
 TOKENS = (1, 4, 16, 64, 256)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Time F.linear, three torch operations, one diagonal, and one diagonal per token."""
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(args.device)
     if args.size < 1:
         raise ValueError(f"--size must be at least 1, got {args.size}")
     rows = [_measure(tokens, args.size, DTYPES[args.dtype], device) for tokens in TOKENS]

@@ -9,18 +9,19 @@ from typing import Any
 
 import t2kernels as t2k
 from t2runtime.commands.train import targets
-from t2runtime.loading import SMALL_MODEL
+from t2runtime.loading import SMALL_MODEL, device_of
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Stream through the checkpoint; what an earlier, killed run finished is kept."""
+    device = device_of(args.device)
     store = t2k.decompose_checkpoint(
         SMALL_MODEL if args.checkpoint == "small" else args.checkpoint,
         args.out,
         targets=targets(args.targets),
         rank=args.rank,
         precision="fp64" if args.float64 else "fp32",
-        device=None if args.device == "auto" else args.device,
+        device=device,
         overwrite=args.overwrite,
     )
     infos = {name: store.info(name) for name in store.names}

@@ -138,5 +138,8 @@ def backends() -> dict[str, str | None]:
         except (RuntimeError, ImportError, ValueError, TypeError) as error:
             # The library wraps the reason in advice for a forced backend; here only it counts.
             reason = str(error).splitlines()[0]
+            if name == "cuda" and device == "cpu":
+                reasons[name] = "no CUDA device"
+                continue
             reasons[name] = reason.rpartition("cannot run this call: ")[2].partition(". Unset")[0]
     return reasons

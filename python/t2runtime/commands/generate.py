@@ -48,11 +48,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         experts[path.stem], weights[path.stem] = t2k.Expert.load(path), weight
     if args.two_pass and not experts:
         raise ValueError("--two-pass needs at least one --expert to choose from")
+    if args.classifier and not args.two_pass:
+        raise ValueError("--classifier is for pass 1: give --two-pass as well, or leave it out")
     model, tokenizer = load(args.model, args.dtype, args.device)
-    t2k.convert(model, targets=targets(args.targets), factors=args.factors)
+    t2k.convert(model, targets=targets(args.targets), decomposition=args.factors)
     bank = t2k.ExpertBank(model)
     for name, expert in experts.items():
-        bank.add(name, expert)
+        bank.add(name, expert, allow_mismatch=args.allow_mismatch)
     if not args.two_pass:
         with bank.use(weights or None):
             texts = complete(model, tokenizer, args.prompt, args.max_new_tokens).texts
@@ -62,7 +64,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         ]
         return {"outputs": rows}
     if args.classifier:
-        bank.add(_CLASSIFIER, t2k.Expert.load(args.classifier))
+        classifier = t2k.Expert.load(args.classifier)
+        bank.add(_CLASSIFIER, classifier, allow_mismatch=args.allow_mismatch)
     categories = (
         dataclasses.replace(SMALL, names=tuple(experts))
         if args.model == "small"

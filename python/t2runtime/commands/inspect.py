@@ -51,6 +51,22 @@ def _store(path: Path) -> dict[str, Any]:
     }
 
 
+def _store_table(layers: dict[str, Any]) -> list[str]:
+    """One row per weight; the errors to three digits."""
+    rows = [("layer", "shape", "rank", "dtype", "rel. error", "as stored", "fingerprint")]
+    for name, layer in layers.items():
+        reached = layer["accuracy"]
+        errors = (f"{reached[k]:.2e}" for k in ("relative_error", "relative_error_stored"))
+        shape = "x".join(map(str, layer["shape"]))
+        mark = str(layer["fingerprint"])
+        rows.append((name, shape, str(layer["rank"]), layer["dtype"], *errors, mark))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
 def show(result: dict[str, Any]) -> str:
     """A header, then one line per layer."""
     lines = [f"{result['kind']}, {len(result['layers'])} layers"]
@@ -62,6 +78,8 @@ def show(result: dict[str, Any]) -> str:
     else:
         lines[0] += "" if result["complete"] else ", UNFINISHED: run the decomposition again"
         lines.append(f"made from    {result['source']}")
+    if result["kind"] != "expert":
+        return "\n".join([*lines, *_store_table(result["layers"])])
     width = max(map(len, result["layers"]), default=0)
     for name, layer in result["layers"].items():
         facts = "  ".join(

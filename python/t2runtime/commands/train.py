@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     cfg = Config(**given)
     problems = source(args.task)
     model, tokenizer = load(args.model, args.dtype, args.device)
-    t2k.convert(model, targets=targets(args.targets), rank=args.rank, factors=args.factors)
+    t2k.convert(model, targets=targets(args.targets), rank=args.rank, decomposition=args.factors)
     folder = Path(args.run) if args.run else out.with_suffix("")
     expert = train(model, tokenizer, problems, cfg, folder, _progress)
 
