@@ -115,6 +115,17 @@ class Checkpoint:
             )
         return chosen, skipped
 
+    def named(self, names: Iterable[str]) -> list[Weight]:
+        """Those of these layers, as ``weights`` names them, whose 2-D weights are here."""
+        wanted, found = set(names), []
+        for tensor, (file, dtype, shape) in self.tensors.items():
+            name = normalise(tensor)
+            if name in wanted and len(shape) == 2 and tensor.endswith(".weight"):
+                transposed = is_conv1d(name, self.model_types)
+                m, n = reversed(shape) if transposed else shape
+                found.append(Weight(name, (m, n), dtype, transposed, file))
+        return found
+
     def _looks_like_conv1d(self) -> bool:
         """Without a config: GPT-2's c_attn.weight is (in, out) and its bias says which is out."""
         for name, (_, _, shape) in self.tensors.items():

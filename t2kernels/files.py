@@ -15,6 +15,7 @@ import math
 import os
 import re
 import secrets
+import stat
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -108,18 +109,33 @@ def check_name(name: str, what: str = "name") -> str:
 def atomic_path(path: StrPath) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; on success it is flushed and replaces ``path``.
 
+    A symlink is followed: its target is replaced. The file keeps the mode of the one it replaces;
+    a new one has what the umask allows. Folders, devices and pipes are refused.
     On any error the temporary file is removed and ``path`` keeps what it held; an ``OSError`` or
     a safetensors error becomes a ``SaveError``.
     """
     path = Path(path)
+    try:
+        path = Path(os.path.realpath(path, strict=True)) if path.is_symlink() else path
+        mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
+    except OSError as error:
+        raise SaveError(f"cannot write {path}: {error}. Does the link lead anywhere?") from error
     if path.is_dir():
         raise SaveError(f"cannot write {path}: it is a folder. Give the path of a file.")
+    if mode is not None and not path.is_file():
+        raise SaveError(
+            f"cannot write {path}: it is a device or a pipe. Give the path of a regular file."
+        )
     if not path.parent.is_dir():
         raise SaveError(f"cannot write {path}: the folder {path.parent} does not exist. Create it.")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
     try:
+        # Made here, by open: other writers may give it 0600, whatever the umask.
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode) if mode is None else mode
         yield temporary
         _flush(temporary)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         _remove(temporary)
@@ -219,7 +235,14 @@ def save_tensors(
         seen.add(pointer)
     strings = None
     if metadata is not None:
-        strings = {_METADATA_KEY: json.dumps(metadata, sort_keys=True, allow_nan=False)}
+        try:
+            text = json.dumps(metadata, sort_keys=True, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"{path}: metadata must be what JSON can hold: text, finite numbers, lists and "
+                f"mappings ({error}). Replace NaN and inf by None or by text."
+            ) from error
+        strings = {_METADATA_KEY: text}
     with atomic_path(path) as temporary:
         save_file(plain, str(temporary), metadata=strings)
 
@@ -255,7 +278,8 @@ def read_header(path: StrPath) -> Header:
                 raise ValueError(f"{name!r} has {last - first} bytes for shape {shape}")
             tensors[name] = (str(entry["dtype"]), shape)
             end = max(end, last)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError,
+            OverflowError) as error:  # fmt: skip
         raise CorruptFileError(
             f"{path} is not a safetensors file or its header is damaged: {error}. Make it again."
         ) from error

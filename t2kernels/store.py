@@ -114,6 +114,7 @@ def decompose_checkpoint(
     with folder_lock(folder):
         manifest = _open_manifest(folder, settings, overwrite)
         entries: dict[str, Any] = manifest["weights"]
+        _check_same_source(folder, manifest, checkpoint, weights)
         pending = [w for w in weights if not _is_done(folder, w, entries.get(w.name))]
         _check_room(folder, pending, rank, dtype)
         order = [*entries, *(w.name for w in pending if w.name not in entries)]
@@ -215,6 +216,29 @@ def _open_manifest(folder: Path, settings: dict[str, Any], overwrite: bool) -> d
             "Use the same settings to go on, another folder, or overwrite=True."
         )
     return manifest
+
+
+def _check_same_source(
+    folder: Path, manifest: dict[str, Any], checkpoint: Checkpoint, weights: Sequence[Weight]
+) -> None:
+    """A folder holds one checkpoint: one weight that both have must have the values it had.
+
+    The path does not count (checkpoints are moved), the weights asked for now need not be those
+    of the run before (other targets); those are compared one by one in ``_is_done``.
+    """
+    entries: dict[str, Any] = manifest["weights"]
+    if not entries or any(w.name in entries for w in weights):
+        return
+    shared = checkpoint.named(list(entries))
+    if not shared:
+        raise ValueError(
+            f"{folder} holds factors of another checkpoint ({manifest.get('source')}): none of "
+            f"its {len(entries)} weights is in {checkpoint.path}. "
+            "Use another folder or overwrite=True."
+        )
+    # The smallest one: enough to tell two checkpoints apart, and soon read.
+    weight = min(shared, key=lambda w: w.cost)
+    _is_done(folder, weight, entries[weight.name])
 
 
 def _clear(folder: Path) -> None:

@@ -273,3 +273,57 @@ def test_foreign_safetensors(tmp_path: Path) -> None:
     header = read_header(tmp_path / "x.safetensors")
     assert header.strings == {"format": "pt"} and header.metadata == {}
     assert json.dumps(sorted(header.tensors)) == '["a", "b"]'
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
+def test_modes(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    before = os.umask(0o022)
+    try:
+        save_tensors(path, _tensors(), META)
+        write_json(tmp_path / "a.json", {})
+        assert path.stat().st_mode & 0o777 == 0o644
+        assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o644
+        path.chmod(0o640)
+        save_tensors(path, _tensors(), META)
+        assert path.stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links need rights elsewhere")
+def test_links_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    target, link = tmp_path / "store" / "real.json", tmp_path / "link.json"
+    target.write_text("{}")
+    link.symlink_to(Path("store") / "real.json")
+    write_json(link, {"new": 1})
+    assert link.is_symlink() and read_json(target) == {"new": 1}
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["link.json", "real.json", "store"]
+    target.unlink()
+    with pytest.raises(SaveError, match="link"):
+        write_json(link, {})
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes have no path elsewhere")
+def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(SaveError, match="regular file"):
+            write_json(path, {})
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_endless_shape(tmp_path: Path) -> None:
+    raw = b'{"a":{"dtype":"F32","shape":[1e999],"data_offsets":[0,4]}}'
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(4))
+    with pytest.raises(CorruptFileError, match="damaged"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), object()])
+def test_metadata_that_json_cannot_hold(tmp_path: Path, value: object) -> None:
+    with pytest.raises((ValueError, TypeError), match="metadata must be .* Replace NaN"):
+        save_tensors(tmp_path / "a.safetensors", _tensors(), {**META, "loss": value})
+    assert not list(tmp_path.iterdir())

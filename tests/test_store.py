@@ -278,6 +278,22 @@ def test_other_settings_or_other_weights(source: Path, tmp_path: Path) -> None:
     assert len(list(out.glob("*.safetensors"))) == 5
 
 
+def test_one_store_one_checkpoint(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    decompose_checkpoint(source, out, targets="q_proj", device="cpu")
+    before = (out / "manifest.json").read_bytes()
+    unrelated = {"net.a.weight": torch.randn(8, 8), "net.b.weight": torch.randn(8, 8)}
+    with pytest.raises(ValueError, match="another checkpoint .* none of its 2 weights"):
+        decompose_checkpoint(_folder(tmp_path / "b", unrelated), out, device="cpu")
+    # The same names with other values, asked for by targets that are not in the store yet.
+    other = _folder(tmp_path / "c", _llama(seed=1))
+    with pytest.raises(ValueError, match="another checkpoint"):
+        decompose_checkpoint(other, out, targets="up_proj", device="cpu")
+    assert (out / "manifest.json").read_bytes() == before
+    moved = source.rename(tmp_path / "moved")
+    assert len(decompose_checkpoint(moved, out, targets="up_proj", device="cpu")) == 4
+
+
 def test_foreign_folder(source: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("cat")
