@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
+import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from .convert import converted_layers
 from .diagonal import MIXTURES, mix
 from .expert import Expert
 from .files import check_name
-from .nn.routing import ROW_ORDERS, Plan, Route
+from .nn.routing import BASE_KEY, ROW_ORDERS, Plan, Route
 from .ops.library import check_slot_values
 
 Mixture = str | Mapping[str, float] | None
@@ -124,9 +125,16 @@ class ExpertBank:
         paths = sorted(Path(folder).glob("*.safetensors"))
         if not paths:
             raise FileNotFoundError(f"ExpertBank.load: no *.safetensors in {folder}.")
-        for path in paths:
-            self.add(path.stem, Expert.load(path), allow_mismatch=allow_mismatch)
-        return [path.stem for path in paths]
+        added: list[str] = []
+        try:
+            for path in paths:
+                self.add(path.stem, Expert.load(path), allow_mismatch=allow_mismatch)
+                added.append(path.stem)
+        except BaseException:  # all of the folder or nothing
+            for name in added:
+                self.remove(name)
+            raise
+        return added
 
     # -- routing -------------------------------------------------------------------------------
 
@@ -170,7 +178,8 @@ class ExpertBank:
                 raise ValueError(f"ExpertBank.use: {what} must be one of {allowed}, got {value!r}.")
         if base_rows == "stored" and any(m.weight is None for m in self._layers.values()):
             raise ValueError("ExpertBank.use: base_rows='stored' needs convert(keep_weight=True).")
-        plan = self._plan(routing, slot, mixture)
+        with torch.inference_mode(False):  # the plan may serve calls with gradients, too
+            plan = self._plan(routing, slot, mixture)
         plan.row_order, plan.stored_base_rows = row_order, base_rows == "stored"
         self._depth += 1
         try:
@@ -197,7 +206,7 @@ class ExpertBank:
         distinct = list(dict.fromkeys(w for w in weights if w))
         key = (mixture, tuple(self._content(w) for w in weights))
         if not distinct:
-            return Plan("base", ("own", ()), len(requests))
+            return Plan("base", BASE_KEY, len(requests))
         involved = [n for n in self.names if any(n in dict(w) for w in distinct)]
         alpha = torch.tensor([[dict(w).get(n, 0.0) for n in involved] for w in distinct])
         Z = torch.stack([self._vector(n) for n in involved])
@@ -242,7 +251,7 @@ class ExpertBank:
         if mixture == "deviation":
             zero = (alpha.flatten(1) == 0).all(1).cpu()
             if bool(zero.all()):
-                return Plan("base", ("own", ()), B)
+                return Plan("base", BASE_KEY, B)
             rows[zero] = -1
         arena = self._arena(B)
         arena[:B] = self._diagonals(Z, alpha, mixture)
@@ -280,7 +289,7 @@ class ExpertBank:
             )
         for name, weight in entry.items():
             self._known(name)
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
                 raise TypeError(
                     f"ExpertBank.use: the weight of {name!r} must be a number, got {weight!r}."
                 )
@@ -317,7 +326,8 @@ class ExpertBank:
             self._arenas.append(torch.empty(0, R))
         arena = self._arenas[self._depth]
         if arena.shape[0] < slots or arena.device != self._device:
-            room = max(16, 1 << (slots - 1).bit_length())
+            # A larger arena is another shape to a compiler, so there is room for most batches.
+            room = max(64, 1 << (slots - 1).bit_length())
             # An inference tensor could not be written to again outside inference mode.
             with torch.inference_mode(False):
                 arena = torch.zeros(room, R, device=self._device)

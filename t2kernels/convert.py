@@ -85,12 +85,18 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 
 def _reason_to_skip(
-    name: str, module: nn.Module, head: nn.Module | None, owners: Mapping[int, list[str]]
+    name: str,
+    module: nn.Module,
+    parent: nn.Module,
+    head: nn.Module | None,
+    owners: Mapping[int, list[str]],
 ) -> str | None:
     """Why a linear layer that the targets name is left alone, or None."""
     weight = weight_of(module)
     if "weight" not in module._parameters:
         return "its weight is computed (a parametrisation, pruning), not stored"
+    if isinstance(parent, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        return f"{type(parent).__name__} reads this weight without calling the layer"
     if "forward" in module.__dict__:
         return "its forward was replaced on the object itself (accelerate's device hooks do that)"
     if any(part.startswith("lora_") for part in name.split(".")):
@@ -147,7 +153,8 @@ def convert(
     """Replace linear layers of ``model`` by ``SVFLinear``, in place.
 
     The model computes what it did, bit for bit, until an expert is used. Its state dict keeps the
-    base's keys and gains one fp32 z per layer. ``revert`` undoes it.
+    base's keys and gains one fp32 z per layer. The weights of converted layers are frozen: their
+    factors would not follow. ``revert`` undoes all of it.
 
     Args:
         model: any nn.Module with nn.Linear or transformers' Conv1D layers.
@@ -209,7 +216,8 @@ def convert(
     report = ConversionReport()
     chosen: dict[str, nn.Module] = {}
     for name, module in linears.items():
-        reason = _reason_to_skip(name, module, head, owners)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        reason = _reason_to_skip(name, module, parent, head, owners)
         if not match(name, targets, exclude):
             kind = classify(name)
             other = f"a {kind} by its name" if kind in ("head", "router") else None
@@ -309,6 +317,9 @@ def _install(model: nn.Module, layers: Mapping[str, SVFLinear]) -> None:
     offset = 0
     for index, (name, layer) in enumerate(layers.items()):
         layer._route = (route, index, offset)
+        # A base weight that an optimiser moves would leave its factors behind.
+        if layer.weight is not None and layer.weight.requires_grad:
+            route.frozen.append(layer.weight.requires_grad_(False))
         offset += layer.rank
         _set_module(model, name, layer)
 

@@ -17,6 +17,19 @@ def _check_choice(what: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{what} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
 
 
+def check_sigma(S: Tensor) -> None:
+    """Raise on negative or non-finite singular values; on a CPU only, where looking is free."""
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if S.device.type != "cpu" or S.numel() == 0 or watched:
+        return
+    low, high = torch.aminmax(S.detach())
+    if not (low >= 0 and high < float("inf")):
+        raise ValueError(
+            f"S must hold finite singular values ≥ 0, got values from {float(low)} to "
+            f"{float(high)}. Make factors with t2kernels.decompose(weight)."
+        )
+
+
 def _nuclear_scale(S: Tensor, z: Tensor) -> Tensor:
     """c = Σσ / Σ(σ⊙z), shape (..., 1): with it the nuclear norm of W′ is that of W."""
     return S.sum() / (S * z).sum(-1, keepdim=True)
@@ -60,6 +73,7 @@ def effective_diagonal(S: Tensor, z: Tensor, parametrisation: str = "direct") ->
     >>> effective_diagonal(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 0.5]))
     tensor([2.0000, 0.5000])
     """
+    check_sigma(S)
     multiplier = effective_multiplier(S, z, parametrisation)
     return S.to(multiplier.dtype) * multiplier
 

@@ -12,9 +12,19 @@ from torch import Tensor, nn
 
 from .convert import converted_layers
 from .diagonal import PARAMETRISATIONS
-from .files import CorruptFileError, check_name, load_tensors, save_tensors
+from .files import CorruptFileError, load_tensors, save_tensors
 
 _KIND, _VERSION = "expert", 1
+
+
+def _check_layer_name(name: object) -> None:
+    """A layer's name is a key in a file, never part of a path; it must not look like one."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"Expert: a layer name must be a non-empty str, got {name!r}.")
+    if any(c in "/\\" or not c.isprintable() for c in name) or ".." in name:
+        raise ValueError(
+            f"Expert: layer name {name!r} must not contain '/', '\\\\', '..' or control characters."
+        )
 
 
 @dataclass(eq=False)
@@ -25,7 +35,7 @@ class Expert:
         z: {layer name: (r,) fp32 tensor on the CPU}; layers that are missing stay at the base.
         fingerprints: {layer name: hash of the base weight}, checked before an expert is used.
         base_model: name or path of the base model, for people.
-        description: one line on what the expert is for; prompt dispatch shows it to the model.
+        description: one line on what the expert is for, for people and for a runtime's prompts.
         metadata: anything JSON can hold (task, data, reward, metrics).
 
     Experts form a vector space of deviations from the base: ``0.7 * math + 0.3 * code`` has
@@ -48,7 +58,7 @@ class Expert:
             raise ValueError("Expert: z must be a non-empty {layer name: tensor (r,)}.")
         clean: dict[str, Tensor] = {}
         for name, z in self.z.items():
-            check_name(name, "layer name")
+            _check_layer_name(name)
             if not isinstance(z, Tensor) or z.dim() != 1 or not z.is_floating_point():
                 got = f"{tuple(z.shape)} {z.dtype}" if isinstance(z, Tensor) else type(z).__name__
                 raise ValueError(f"Expert: z[{name!r}] must be a float tensor (r,), got {got}.")

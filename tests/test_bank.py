@@ -397,3 +397,21 @@ def test_explain_names_form_backend_and_reason(model, bank):
         bank.unmerge()
     with pytest.raises(TypeError, match="SVFLinear"):
         t2k.explain(nn.Linear(2, 2), x)
+
+
+def test_one_plan_serves_inference_mode_and_gradients(model, bank):
+    x = torch.randn(2, 1, 8)
+    with bank.use(["math", None]):
+        with torch.inference_mode():
+            model(x)
+        model(x.requires_grad_()).sum().backward()
+    with torch.inference_mode(), bank.use(["code", None]), torch.inference_mode(False):
+        model(torch.randn(2, 1, 8, requires_grad=True)).sum().backward()
+
+
+def test_a_folder_is_loaded_whole_or_not_at_all(bank, tmp_path):
+    bank["math"].save(tmp_path / "a.safetensors")
+    (tmp_path / "b.safetensors").write_bytes(b"nothing")
+    with pytest.raises(t2k.CorruptFileError):
+        bank.load(tmp_path)
+    assert bank.names == ["math", "code"]

@@ -203,3 +203,20 @@ def test_converting_twice_is_named(model):
     t2k.revert(model)
     with pytest.raises(ValueError, match="no SVF layers"):
         t2k.revert(model)
+
+
+def test_weights_of_converted_layers_are_frozen_until_revert(model):
+    t2k.convert(model, "mlp")
+    assert not any(layer.weight.requires_grad for layer in t2k.svf_layers(model).values())
+    assert model.embed_tokens.weight.requires_grad
+    t2k.revert(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_layers_that_a_fast_path_reads_are_left_alone():
+    model = nn.Sequential(
+        nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 16)
+    ).eval()
+    report = t2k.convert(model)
+    assert [c.name for c in report.converted] == ["1"]
+    assert "without calling the layer" in report.skipped["0.linear1"]

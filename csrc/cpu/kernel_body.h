@@ -167,14 +167,15 @@ struct Output {
   }
 };
 
-// One tile of tokens: the weights are streamed once, ROWS rows at a time, and the next rows are asked for meanwhile.
+// Few tokens: the weights are streamed once, ROWS rows at a time, and the next rows are asked for meanwhile. A second
+// tile of tokens finds the rows in the cache.
 template <class P, template <class> class Store, int ROWS>
 void sweep(const Product& p, std::int64_t row_begin, std::int64_t row_end) {
   using Weight = typename P::Weight;
+  using Act = typename P::Act;
   constexpr int kTile = P::kTokens * 4 / ROWS;
   const Weight* const base = static_cast<const Weight*>(p.weight);
-  const typename P::Act* const act = static_cast<const typename P::Act*>(p.act);
-  const int tokens = static_cast<int>(p.T);
+  const std::int64_t tiles = (p.T + kTile - 1) / kTile;
   alignas(kCacheLine) float sums[kTile * ROWS];
   for (std::int64_t j = row_begin; j < row_end; j += ROWS) {
     const int rows = static_cast<int>(row_end - j < ROWS ? row_end - j : ROWS);
@@ -184,15 +185,20 @@ void sweep(const Product& p, std::int64_t row_begin, std::int64_t row_end) {
     // The last rows of the first product ask for the first rows of the second, across the barrier between.
     const char* const next = j + ROWS < row_end ? reinterpret_cast<const char*>(base + (j + ROWS) * p.k)
                                                 : static_cast<const char*>(p.next);
-    with_count<kTile>(tokens, [&](auto count) {
-      constexpr int kCount = decltype(count)::value;
-      if (next) {
-        tile<P, ROWS, kCount, ROWS>(w, act, p.act_stride, p.k, next - reinterpret_cast<const char*>(w[0]), sums);
-      } else {
-        tile<P, ROWS, kCount, 0>(w, act, p.act_stride, p.k, 0, sums);
-      }
-    });
-    for (int u = 0; u < tokens; ++u) Store<P>::store(p, u, j, rows, sums + u * ROWS);
+    for (std::int64_t i = 0; i < tiles; ++i) {
+      const std::int64_t t = p.T * i / tiles;
+      const int tokens = static_cast<int>(p.T * (i + 1) / tiles - t);
+      const Act* const act = static_cast<const Act*>(p.act) + t * p.act_stride;
+      with_count<kTile>(tokens, [&](auto count) {
+        constexpr int kCount = decltype(count)::value;
+        if (next && i == 0) {
+          tile<P, ROWS, kCount, ROWS>(w, act, p.act_stride, p.k, next - reinterpret_cast<const char*>(w[0]), sums);
+        } else {
+          tile<P, ROWS, kCount, 0>(w, act, p.act_stride, p.k, 0, sums);
+        }
+      });
+      for (int u = 0; u < tokens; ++u) Store<P>::store(p, t + u, j, rows, sums + u * ROWS);
+    }
   }
 }
 
@@ -240,12 +246,15 @@ void sweep_panels(const Product& p, std::int64_t row_begin, std::int64_t row_end
   }
 }
 
+// Up to here rows are streamed and used by every tile of tokens at once; beyond, panels re-use the activations too.
+constexpr std::int64_t kStreamedTokens = 12;
+
 // Few tokens take 8 rows at a time, for enough independent sums and enough open memory streams; more take 4.
 template <class P, template <class> class Store>
 void product(const Product& p, std::int64_t row_begin, std::int64_t row_end) {
   if (p.T * 2 <= P::kTokens) {
     sweep<P, Store, 8>(p, row_begin, row_end);
-  } else if (p.T <= P::kTokens) {
+  } else if (p.T <= kStreamedTokens) {
     sweep<P, Store, 4>(p, row_begin, row_end);
   } else {
     sweep_panels<P, Store>(p, row_begin, row_end);

@@ -151,6 +151,8 @@ class SVFLinear(nn.Module):
             raise ValueError(
                 f"SVFLinear.from_linear: rank={rank} but the factors have {factors.S.shape[0]}."
             )
+        else:
+            _check_belongs(weight.detach().t() if transposed else weight.detach(), factors)
         layer = cls(
             weight, cast("Tensor | None", linear.bias), factors, keep_weight=keep_weight,
             parametrisation=parametrisation, transposed=transposed, recompute=recompute,
@@ -424,6 +426,26 @@ class SVFLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.bias is not None}, {self.parametrisation}, {self._U.dtype} factors{kept}"
+        )
+
+
+@torch.no_grad()
+def _check_belongs(weight: Tensor, factors: Factors) -> None:
+    """Raise unless Wᵀ·U = V·diag(σ) on one random combination of columns: one pass over W.
+
+    Holds for the leading k components too. 5 % leaves room for bf16 and int8 factors.
+    """
+    if factors.U.shape[0] != weight.shape[0] or factors.V.shape[0] != weight.shape[1]:
+        return  # the constructor names the shapes
+    f = dequantize(factors) if isinstance(factors, QuantizedFactors) else factors
+    mix = torch.randn(f.S.shape[0], generator=torch.Generator().manual_seed(0)).to(f.S)
+    W = weight.to(f.S.device, torch.float32)
+    left = W.t() @ (f.U.float() @ mix.float())
+    right = f.V.float() @ (f.S.float() * mix.float())
+    if not bool((left - right).norm() <= 0.05 * right.norm() + 1e-6 * W.norm()):
+        raise ValueError(
+            "SVFLinear: these factors were not made from this weight: Wᵀ·U differs from "
+            "V·diag(σ). Decompose the weight that the layer has."
         )
 
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 ROW_ORDERS = (None, "batch", "flat")
 
+# The key of the base weights, and of a cache that no converted model has marked.
+BASE_KEY = ("own", ())
+
 
 @dataclass(eq=False)
 class Plan:
@@ -102,7 +105,8 @@ class Plan:
         if torch.compiler.is_compiling():
             return _repeat_rows(self.rows, per_request)
         if per_request not in self._cache:
-            self._cache[per_request] = _repeat_rows(self.rows, per_request)
+            with torch.inference_mode(False):  # it may serve a call with gradients next
+                self._cache[per_request] = _repeat_rows(self.rows, per_request)
         return self._cache[per_request]
 
     def _declared_rows(self, x: Tensor, batch_shape: tuple[int, ...] | None) -> int:
@@ -250,11 +254,17 @@ def _watch_model_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
             f"with a batch of {shape[0]}. Name one entry per row of the batch (beams and return "
             "sequences repeat rows in order)."
         )
-    cache = kwargs.get("past_key_values")
-    if not _is_cache(cache):
+    caches = [item for item in (*args, *kwargs.values()) if _is_cache(item)]
+    if not caches:
         return
     key = _cache_key(route)
-    if getattr(cache, "_t2_key", key) != key and int(cache.get_seq_length()) > 0:
+    for cache in caches:
+        _mark_cache(cache, key)
+
+
+def _mark_cache(cache: Any, key: object) -> None:
+    """Tie the cache to what its keys and values depend on; raise if it is tied to something else."""
+    if getattr(cache, "_t2_key", BASE_KEY) != key and int(cache.get_seq_length()) > 0:
         raise RuntimeError(
             "this key/value cache was made under other experts than those in force now, so its "
             "keys and values belong to another model. Start a new cache (past_key_values=None), or "

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..diagonal import check_sigma
 from ..quantized import QuantizedFactors
 from ..svd import SVDFactors
 from . import dispatch
@@ -42,6 +43,8 @@ def run(
     With no gradient wanted and nobody watching, the backend is called directly: the dispatcher
     would cost more than a small layer.
     """
+    if x.stride(-1) != 1:  # a kernel must not be chosen, nor bits change, by the layout of x
+        x = x.contiguous()
     wants_dd = d.requires_grad and torch.is_grad_enabled()
     wants_grad = wants_dd or (
         torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
@@ -78,7 +81,27 @@ def _check(
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}.")
     U, V = f.U, f.V
+    if U.dim() != 2 or V.dim() != 2 or f.S.shape != U.shape[1:] or V.shape[1] != U.shape[1]:
+        raise ValueError(
+            f"{op}: factors must be U (m, r), S (r,), V (n, r), got {_shape(U)}, {_shape(f.S)}, "
+            f"{_shape(V)}. Make them with t2kernels.decompose(weight)."
+        )
     (m, r), n = U.shape, V.shape[0]
+    if isinstance(f, QuantizedFactors):
+        scales = (f.u_scale, f.v_scale)
+        if U.dtype != torch.int8 or any(
+            s.shape != (r,) or s.dtype != torch.float32 or s.device != U.device for s in scales
+        ):
+            raise ValueError(
+                f"{op}: int8 factors need u_scale and v_scale (r,) = ({r},) in torch.float32 on "
+                f"{U.device}, got {[(_shape(s), s.dtype) for s in scales]}. Make them with "
+                "t2kernels.quantize(factors)."
+            )
+    if V.dtype != U.dtype or f.S.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{op}: U and V must share a dtype and S be torch.float32 (or float64), got {U.dtype}, "
+            f"{V.dtype} and {f.S.dtype}."
+        )
     if x.dim() == 0 or x.shape[-1] != n:
         raise ValueError(f"{op}: x must have shape (..., n) with n = {n}, got {_shape(x)}.")
     if d.shape[-1:] != (r,) or d.dim() not in (1, 2):
@@ -107,11 +130,13 @@ def _check(
             f"{op}: bias must have shape (m,) = ({m},) and dtype {x.dtype}, "
             f"got {_shape(bias)} in {bias.dtype}."
         )
-    for name, t in (("U", U), ("V", V), (diagonal, d), ("slot", slot), ("bias", bias)):
-        if t is not None and t.device != x.device:
+    for name, t in (("U", U), ("S", f.S), ("V", V), (diagonal, d), ("slot", slot), ("bias", bias)):
+        if isinstance(t, Tensor) and t.device != x.device:
             raise ValueError(
                 f"{op}: all tensors must be on x's device {x.device}, {name} is on {t.device}."
             )
+    if _plain_eager(x):
+        check_sigma(f.S)
     if slot is None:
         if d.dim() == 2:
             raise ValueError(
@@ -122,6 +147,8 @@ def _check(
     tokens = x.numel() // n if n else 0
     if d.dim() != 2:
         raise ValueError(f"{op}: with slot, {diagonal} must be (slots, r), got {_shape(d)}.")
+    if not isinstance(slot, Tensor):
+        raise TypeError(f"{op}: slot must be a torch.Tensor, got {type(slot).__name__}.")
     if slot.dtype != torch.int32:
         raise TypeError(f"{op}: slot must be torch.int32, got {slot.dtype}. Use slot.int().")
     if _shape(slot) != (tokens,):
@@ -138,6 +165,10 @@ def layout(f: SVDFactors | QuantizedFactors) -> tuple[Tensor, Tensor]:
     return f.U.contiguous(), f.V.t().contiguous()
 
 
+def _dense_layout(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
 def _rows(d: Tensor) -> Tensor:
     return d if d.stride(-1) == 1 else d.contiguous()
 
@@ -147,12 +178,16 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not dispatch.is_batch_invariant():
         return F.linear(x, weight, bias)
     x2 = x.reshape(-1, x.shape[-1])
-    native = dispatch.load("native") if x.device.type == "cpu" else None
-    if native is not None and native.linear_unavailable(x2, weight, bias) is None:
+    wants_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias)
+    )
+    direct = not wants_grad and _plain_eager(x) and not torch.is_autocast_enabled(x.device.type)
+    native = dispatch.load("native")
+    if direct and native.linear_unavailable(x2, weight, bias) is None:
         y = native.linear(x2, weight, bias)
     else:  # row by row: slow, and right by construction
         rows = [F.linear(x2[t : t + 1].contiguous(), weight, bias) for t in range(x2.shape[0])]
-        y = torch.cat(rows) if rows else x2.new_empty(0, weight.shape[0])
+        y = torch.cat(rows) if rows else F.linear(x2, weight, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -200,9 +235,9 @@ def svf_linear(
     _check("svf_linear", x, f, d, slot, bias, "d")
     U, Vh = layout(f)
     scale = f.scale if isinstance(f, QuantizedFactors) else None
-    y = run(
-        x.reshape(-1, x.shape[-1]), U, Vh, _rows(d), f.S.to(d.dtype), slot, bias, scale, recompute
-    )
+    x2 = x.reshape(-1, x.shape[-1])
+    slot, bias = _dense_layout(slot), _dense_layout(bias)
+    y = run(x2, U, Vh, _rows(d), f.S.to(d.dtype), slot, bias, scale, recompute)
     return y.view(*x.shape[:-1], U.shape[0])
 
 
@@ -252,6 +287,7 @@ def svf_delta_linear(
     U, Vh = layout(fk)
     scale = fk.scale if isinstance(fk, QuantizedFactors) else None
     S = fk.S.to(dk.dtype)
+    slot = _dense_layout(slot)
     y = dense(x, weight, bias)
     delta = run(
         x.reshape(-1, n), U, Vh, _rows(dk - S), torch.zeros_like(S), slot, None, scale, recompute

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import torch_backend
+
 try:
     from .. import _native  # type: ignore[attr-defined]
 
@@ -63,7 +65,7 @@ def _decode_tokens() -> tuple[dict[torch.dtype, int], dict[torch.dtype, int]]:
     """Largest T for the kernel of ours, by x's dtype: with factors of that dtype, and with int8."""
     if _MISSING is not None or _native.isa_name(_AUTO) == "scalar":
         scalar = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), _SCALAR_TOKENS)
-        return scalar, dict(scalar)
+        return scalar, {**scalar, torch.float16: _UNLIMITED}
     wide = _native.isa_name(_AUTO) != "avx2"
     fp32 = _UNLIMITED if wide and _mkl_is_slow() else _CAUTIOUS_TOKENS
     fp16 = _CAUTIOUS_TOKENS if _onednn_has("fp16") else _UNLIMITED
@@ -72,7 +74,8 @@ def _decode_tokens() -> tuple[dict[torch.dtype, int], dict[torch.dtype, int]]:
         fast = _native.isa_name(_AUTO) == "avx512bf16"
         bf16, int8_bf16 = (_BF16_TOKENS, _INT8_BF16_TOKENS) if fast else (_CAUTIOUS_TOKENS,) * 2
     same = {torch.float32: fp32, torch.bfloat16: bf16, torch.float16: fp16}
-    return same, {**same, torch.bfloat16: int8_bf16}
+    # fp16 never goes to a library with int8 factors: unscaled products leave its range.
+    return same, {**same, torch.bfloat16: int8_bf16, torch.float16: _UNLIMITED}
 
 
 DECODE_TOKENS, DECODE_TOKENS_INT8 = _decode_tokens()
@@ -187,6 +190,11 @@ def backward(
     """dx = ((g U) * d_row) Vᵀ and dd[s] = Σ scale * h[t] * (g U)[t] over the tokens of slot s."""
     if not (need_dx or need_dd):
         return None, None
+    if U.dtype == torch.int8 and x.dtype == torch.float16:
+        # Products with unscaled int8 factors leave fp16's range.
+        return torch_backend.backward(
+            g, x, U, V, d, base, slot, h, scale, need_dx=need_dx, need_dd=need_dd
+        )
     gu = _product(g, U)
     if need_dd and h is None:
         h = _product(x, V)
@@ -216,19 +224,35 @@ def backward(
     return (_product(gu, V.t()) if need_dx else None), dd
 
 
+def linear_unavailable(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
+    """Why ``linear`` cannot run this call, or None."""
+    if _MISSING is not None:
+        return _MISSING
+    if x.device.type != "cpu" or weight.device.type != "cpu":
+        return f"x is on {x.device}, the native backend runs on the cpu"
+    if x.dtype != weight.dtype or x.dtype not in _CODES or x.dtype == torch.int8:
+        return f"x and weight have dtypes {x.dtype} and {weight.dtype}"
+    if bias is not None and bias.dtype != x.dtype:
+        return f"bias has dtype {bias.dtype}, expected {x.dtype}"
+    if x.shape[1] == 0 or weight.shape[0] == 0:
+        return "an empty product"
+    return None
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x Wᵀ + bias, (T, n) x (m, n) → (T, m), with bits that depend on neither T nor other rows.
 
     The stored weight's counterpart of ``forward(batch_invariant=True)``. Needs what ``unavailable``
     needs: cpu, one dtype of float32, bfloat16 and float16, contiguous weight and bias.
     """
-    if _MISSING is not None:
-        raise RuntimeError(f"native.linear: {_MISSING}")
-    if x.dtype != weight.dtype or x.dtype not in _CODES or x.dtype == torch.int8:
+    if x.dtype != weight.dtype:
         raise TypeError(
             "native.linear: x and weight must share one dtype of float32, bfloat16 and float16, "
             f"got {x.dtype} and {weight.dtype}. Cast one of them."
         )
+    reason = linear_unavailable(x, weight, bias)
+    if reason is not None:
+        raise RuntimeError(f"native.linear: {reason}")
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             "native.linear: x must be (T, n) and weight (m, n), "
@@ -237,6 +261,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.shape[1] > 1 and x.stride(1) != 1:
         x = x.contiguous()
     weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
     code = _CODES[x.dtype]
     _native.linear(

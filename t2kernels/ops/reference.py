@@ -55,6 +55,16 @@ def forward(
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """y = ((x V) * d_row) Uᵀ + bias, accumulated in fp32 (fp64), h*d rounded once to x.dtype."""
+    if batch_invariant and x.shape[0] > 1:  # row by row: no product may know the others
+        tokens = range(x.shape[0])
+        at = [slice(t, t + 1) for t in tokens]
+        slots = [None if slot is None else slot[s] for s in at]
+        parts = [
+            forward(x[s], U, V, d, base, own, bias, scale, save_h=save_h)
+            for s, own in zip(at, slots)
+        ]
+        h_all = torch.cat([h for _, h in parts if h is not None]) if save_h else None
+        return torch.cat([y for y, _ in parts]), h_all
     acc = accumulate_dtype(x)
     h = x.to(acc) @ V.to(acc)  # (T, r)
     hd = (h * diagonal_rows(d, base, slot, scale)).to(x.dtype)  # (T, r), the one rounding

@@ -53,6 +53,14 @@ def forward(
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """See ``reference.forward``; h is rounded to x.dtype by the first product as well."""
+    if U.dtype == torch.int8 and x.dtype == torch.float16:
+        # Products with unscaled int8 factors leave fp16's range: all of it in fp32.
+        wide = None if bias is None else bias.float()
+        y, h = forward(
+            x.float(), U, V, d, base, slot, wide, scale,
+            save_h=save_h, batch_invariant=batch_invariant,
+        )  # fmt: skip
+        return y.to(x.dtype), h
     U, V = _factors(x, U, V)
     rows = diagonal_rows(d, base, slot, scale)  # (r,) or (T, r)
     if batch_invariant:
@@ -94,6 +102,12 @@ def backward(
     """See ``reference.backward``. Per-slot sums are a product with the membership matrix: a fixed
     order of summation, where index_add would use atomics on a GPU."""
     acc = accumulate_dtype(x)
+    if U.dtype == torch.int8 and x.dtype == torch.float16:
+        # h is computed again: as it was kept, rounded to fp16, it may have left the range.
+        dx, dd = backward(
+            g.float(), x.float(), U, V, d, base, slot, None, scale, need_dx=need_dx, need_dd=need_dd
+        )
+        return None if dx is None else dx.to(x.dtype), dd
     U, V = _factors(x, U, V)
     gu = g @ U  # (T, r)
     dx = dd = None

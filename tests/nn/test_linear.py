@@ -194,3 +194,31 @@ def test_a_factorised_training_step_has_no_buffer_of_the_weights_size():
         layer(x).sum().backward()
     assert sizes
     assert max(sizes) < 80 * 80
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("state", ["base", "delta", "merged", "grad", "autocast"])
+def test_batch_invariant_rows_in_every_form(dtype, state):
+    linear, layer = pair(n=96, m=80, dtype=dtype, rank=16 if state == "delta" else None)
+    if state == "delta":
+        with torch.no_grad():
+            layer.z.mul_(1.5)
+    if state == "merged":
+        layer.merge_diagonal(layer.factors.S * 1.5)
+    layer.z.requires_grad_(False)
+    x = torch.randn(11, 3, 96, dtype=dtype, requires_grad=state == "grad")
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=state == "autocast")
+    with t2k.batch_invariant(), torch.set_grad_enabled(state == "grad"), autocast:
+        whole = layer(x)
+        for row in (0, 10):
+            assert torch.equal(layer(x[row : row + 1])[0], whole[row])
+        assert whole.requires_grad == (state == "grad")
+        assert whole.dtype == (torch.bfloat16 if state == "autocast" else dtype)
+    with autocast:
+        torch.testing.assert_close(whole, layer(x), atol=0.05, rtol=0.05)
+
+
+def test_factors_of_another_weight_are_refused():
+    linear, _ = pair()
+    with pytest.raises(ValueError, match="were not made from this weight"):
+        SVFLinear.from_linear(linear, factors=t2k.decompose(torch.randn(9, 12)))

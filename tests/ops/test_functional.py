@@ -252,3 +252,58 @@ def test_the_native_kernels_are_the_default_on_a_cpu():
     i = GOOD
     choice = dispatch.choose(i.x, i.U, i.V, i.d, i.base, None, None, None)
     assert choice.module.NAME == "native"
+
+
+F_GOOD = factors_of(GOOD)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"S": F_GOOD.S[:2]}, r"factors must be U \(m, r\), S \(r,\), V \(n, r\)"),
+        ({"V": F_GOOD.V[:, :1]}, r"factors must be U \(m, r\)"),
+        ({"V": F_GOOD.V.bfloat16()}, "share a dtype"),
+        ({"S": F_GOOD.S.bfloat16()}, "S be torch.float32"),
+        ({"S": -F_GOOD.S}, "finite singular values ≥ 0"),
+        ({"S": F_GOOD.S * float("nan")}, "finite singular values ≥ 0"),
+        ({"S": F_GOOD.S.to("meta")}, "S is on meta"),
+    ],
+)
+def test_malformed_factors_are_named_not_read(change, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        t2k.svf_linear(GOOD.x, F_GOOD._replace(**change), GOOD.d)
+
+
+def test_malformed_int8_factors_are_named_not_read():
+    q = t2k.quantize(t2k.decompose(torch.randn(9, 8)))
+    d = torch.ones(8)
+    for change in ({"u_scale": q.u_scale[:3]}, {"v_scale": q.v_scale.half()}):
+        with pytest.raises(ValueError, match="int8 factors need u_scale and v_scale"):
+            t2k.svf_linear(GOOD.x, q._replace(**change), d)
+
+
+@pytest.mark.parametrize("tokens", [1, 200])
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_int8_factors_stay_in_the_range_of_fp16(backend, tokens):
+    f = t2k.decompose(torch.randn(64, 4096))
+    q = t2k.quantize(f)
+    x = (torch.randn(tokens, 4096) * 16).half()
+    exact = t2k.svf_linear(x.float(), f, f.S)
+    d = f.S.clone().requires_grad_()
+    with t2k.backend(backend):
+        y = t2k.svf_linear(x, q, d)
+        assert relative_error(y, exact) < 0.02
+        (dd,) = torch.autograd.grad(y.float().sum(), d)
+    assert torch.isfinite(dd).all()
+
+
+@pytest.mark.parametrize("backend", [None, "torch", "reference"])
+def test_batch_invariance_does_not_depend_on_the_layout_of_x(backend, monkeypatch):
+    if backend is not None:
+        monkeypatch.setenv("T2_BACKEND", backend)
+    i = make_inputs(9, 64, 48, 48)
+    wide = i.x.t().contiguous().t()
+    with t2k.batch_invariant():
+        whole = t2k.svf_linear(wide, F64 := factors_of(i), i.d)
+        for t in (0, 8):
+            assert torch.equal(t2k.svf_linear(i.x[t : t + 1], F64, i.d)[0], whole[t])
