@@ -263,7 +263,7 @@ def _watch_model_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _mark_cache(cache: Any, key: object) -> None:
-    """Tie the cache to what its keys and values depend on; raise if it is tied to something else."""
+    """Tie the cache to what its keys and values depend on; raise if it is tied to another."""
     if getattr(cache, "_t2_key", BASE_KEY) != key and int(cache.get_seq_length()) > 0:
         raise RuntimeError(
             "this key/value cache was made under other experts than those in force now, so its "

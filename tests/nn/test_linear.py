@@ -199,7 +199,7 @@ def test_a_factorised_training_step_has_no_buffer_of_the_weights_size():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("state", ["base", "delta", "merged", "grad", "autocast"])
 def test_batch_invariant_rows_in_every_form(dtype, state):
-    linear, layer = pair(n=96, m=80, dtype=dtype, rank=16 if state == "delta" else None)
+    _, layer = pair(n=96, m=80, dtype=dtype, rank=16 if state == "delta" else None)
     if state == "delta":
         with torch.no_grad():
             layer.z.mul_(1.5)
