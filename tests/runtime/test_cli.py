@@ -10,8 +10,10 @@ import torch
 
 import t2kernels as t2k
 from t2runtime.cli import main
+from t2runtime.commands import train as train_command
 from t2runtime.commands.generate import parse_expert
 from t2runtime.loading import SMALL_MODEL
+from t2runtime.tasks import split_of
 
 
 def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -210,3 +212,32 @@ def test_an_expert_of_another_base(
     assert code == 2 and "--allow-mismatch" in err and "=True" not in err
     code, _, err = call(capsys, *words, "--allow-mismatch", "--max-new-tokens", "2")
     assert code == 0, err
+
+
+def test_data_without_test_lines_is_refused_first(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"q{i}", "answer": "a"} for i in range(60)]
+    data = tmp_path / "mine.jsonl"
+    data.write_text("\n".join(json.dumps(r) for r in rows if split_of(r["prompt"]) != "test"))
+    out = tmp_path / "new" / "e.safetensors"
+    code, _, err = call(capsys, "train", "small", "--task", str(data), "--out", str(out))
+    assert code == 2 and "no test lines" in err and len(err.splitlines()) == 1
+    assert not out.parent.exists()
+
+
+def test_ctrl_c_saves_the_best(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, small: Any, monkeypatch: Any
+) -> None:
+    def stop(line: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_command, "_progress", stop)
+    path = tmp_path / "e.safetensors"
+    code, out, err = call(
+        capsys, "train", "small", "--task", "add", "--out", str(path), "--prompts", "2",
+        "--samples", "2",
+    )  # fmt: skip
+    assert code == 130, err
+    assert "interrupted at step 1" in out and str(path) in out
+    assert t2k.Expert.load(path).metadata["interrupted_at_step"] == 1

@@ -10,7 +10,7 @@ import t2kernels as t2k
 from t2runtime import rewards
 from t2runtime.generation import Completions, answer_log_probs, complete
 from t2runtime.tasks import Problem, Split
-from t2runtime.train import Config, train
+from t2runtime.train import Config, Interrupted, train
 from t2runtime.train.reinforce import advantages, losses
 
 QUICK = Config(
@@ -96,6 +96,30 @@ def test_divergence_is_said(tiny: Any, tokenizer: Any, monkeypatch: pytest.Monke
     assert all(bool((z == 1).all()) for z in t2k.Expert.from_model(tiny).z.values())
 
 
+def test_no_better_than_the_base_is_said(
+    tiny: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = Config(**{**vars(QUICK), "steps": 1})
+    expert = train(tiny, tokenizer, source_of("never"), cfg, tmp_path)
+    assert "not better than the base" in caplog.text
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["base_validation"] == 0 and line["better_than_base"] is False
+    assert expert.metadata == {"validation": 0.0, "base_validation": 0.0}
+
+
+@pytest.mark.parametrize("at", [3, 6])
+def test_an_interrupt_keeps_the_best(tiny: Any, tokenizer: Any, at: int) -> None:
+    def log(line: dict[str, Any]) -> None:
+        if line["step"] == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as stop:
+        train(tiny, tokenizer, source_of(favourite_letter(tiny, tokenizer)), QUICK, log=log)
+    assert stop.value.validated == (at > 4) and stop.value.step == at - 1
+    assert any(bool((z != 1).any()) for z in stop.value.expert.z.values())
+    assert all(bool((z == 1).all()) for z in t2k.Expert.from_model(tiny).z.values())
+
+
 def test_losses_by_hand() -> None:
     """Two rows, two tokens, vocabulary of three; the second row ends after its first token."""
     torch.manual_seed(0)
@@ -126,6 +150,8 @@ def test_advantages() -> None:
     [
         {"steps": 0}, {"samples": 1}, {"temperature": 0.0}, {"baseline": "mean"},
         {"rollout": "rebuilt"}, {"extract": "letters"},
+        {"kl": -0.1}, {"kl": math.nan}, {"temperature": math.inf}, {"lr": 0.0}, {"lr": math.nan},
+        {"clip": 0.0}, {"seed": -1},
     ],
 )  # fmt: skip
 def test_config_refuses(wrong: dict[str, Any]) -> None:

@@ -33,6 +33,18 @@ def test_same_seed_same_problems(task: tasks.Task) -> None:
     assert task.problems(20, "test", 3) != task.problems(20, "test", 4)
 
 
+@pytest.mark.parametrize("name", [*tasks.CATEGORIES, "category"])
+def test_held_out_problems_are_distinct(name: str) -> None:
+    prompts = [p.prompt for p in tasks.problems(name, 400, "test", 0)]
+    assert len(prompts) == len(set(prompts)) == 400
+
+
+def test_as_many_as_there_are() -> None:
+    prompts = [p.prompt for p in tasks.problems("order", 10_000, "test", 0)]
+    assert 400 < len(prompts) == len(set(prompts)) < 1000
+    assert len(tasks.problems("order", 2000, "train", 0)) == 2000
+
+
 @pytest.mark.parametrize("task", list(tasks.SKILLS.values()), ids=lambda t: t.name)
 def test_shortcuts_are_wrong_most_of_the_time(task: tasks.Task) -> None:
     rng = random.Random(0)
@@ -72,10 +84,11 @@ def test_unknown_split() -> None:
 def test_jsonl(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     rows = [{"prompt": f"question {i}", "answer": str(i)} for i in range(60)]
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    path.write_text("\n".join(map(json.dumps, rows + rows)) + "\n\n")
     mine = source(str(path))
     drawn = {split: {p.prompt for p in mine(60, split, 0)} for split in tasks.SPLITS}
     assert not drawn["train"] & drawn["test"]
+    assert len(mine(60, "test", 0)) == len(drawn["test"]), "each once"
     assert len(mine(7, "train", 0)) == 7
     assert mine(7, "train", 0) == mine(7, "train", 0)
 

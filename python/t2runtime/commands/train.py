@@ -13,7 +13,7 @@ from t2runtime.evaluate import evaluate
 from t2runtime.loading import load
 from t2runtime.rewards import EXTRACTORS
 from t2runtime.sources import source
-from t2runtime.train import Config, train
+from t2runtime.train import Config, Interrupted, train
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -26,31 +26,43 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     cfg = Config(**given)
     problems = source(args.task)
+    # Asked for now, so that a file without such lines is refused before anything is trained.
+    problems(1, "train", cfg.seed)
+    problems(1, "validation", cfg.seed)
+    test = problems(256, "test", cfg.seed)
     model, tokenizer = load(args.model, args.dtype, args.device)
     t2k.convert(model, targets=targets(args.targets), rank=args.rank, decomposition=args.factors)
     folder = Path(args.run) if args.run else out.with_suffix("")
-    expert = train(model, tokenizer, problems, cfg, folder, _progress)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    where = {"expert": str(out), "run": str(folder)}
 
-    test = problems(256, "test", cfg.seed)
+    def save(expert: Any, **facts: Any) -> None:
+        expert.description = f"{args.task} on {args.model}"
+        expert.metadata |= {"task": args.task, "config": dataclasses.asdict(cfg), **facts}
+        expert.save(out)
+
+    try:
+        expert = train(model, tokenizer, problems, cfg, folder, _progress)
+    except Interrupted as stop:
+        save(stop.expert, interrupted_at_step=stop.step + 1)
+        return {
+            **where, "interrupted_at_step": stop.step + 1, "validated": stop.validated,
+            "exit_code": 130,
+        }  # fmt: skip
+    # Before the test, so that nothing which happens there can lose it.
+    save(expert)
     extract = EXTRACTORS[cfg.extract]
     base = evaluate(model, tokenizer, test, cfg.max_new_tokens, extract=extract)
     bank = t2k.ExpertBank(model)
     bank.add("expert", expert)
     with bank.use("expert"):
         trained = evaluate(model, tokenizer, test, cfg.max_new_tokens, extract=extract)
-    expert.description = f"{args.task} on {args.model}"
-    expert.metadata = {
-        "task": args.task,
-        "config": dataclasses.asdict(cfg),
-        "accuracy": trained.accuracy,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    expert.save(out)
+    save(expert, accuracy=trained.accuracy)
     return {
-        "expert": str(out),
-        "run": str(folder),
+        **where,
         "base": {"accuracy": base.accuracy, "interval": base.interval},
         "trained": {"accuracy": trained.accuracy, "interval": trained.interval},
+        "validation": {k: expert.metadata[k] for k in ("validation", "base_validation")},
         "problems": base.total,
     }
 
@@ -66,7 +78,13 @@ def targets(text: str) -> str | list[str]:
 
 def show(result: dict[str, Any]) -> str:
     """Base against expert."""
-    lines = [f"accuracy on {result['problems']} held-out problems, with 95 % intervals:"]
+    if "interrupted_at_step" in result:
+        which = "the best by validation so far" if result["validated"] else "not validated yet"
+        return (
+            f"interrupted at step {result['interrupted_at_step']}; the expert in "
+            f"{result['expert']} is {which}, metrics in {result['run']}"
+        )
+    lines = [f"accuracy on {result['problems']} distinct held-out problems, with 95 % intervals:"]
     for name in ("base", "trained"):
         low, high = result[name]["interval"]
         lines.append(

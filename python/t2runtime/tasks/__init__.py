@@ -8,7 +8,7 @@ import difflib
 import random
 
 from t2runtime.tasks import addition, category, counting, maximum, ordering, other, reversal
-from t2runtime.tasks.base import SPLITS, Problem, Split, Task, split_of
+from t2runtime.tasks.base import SPLITS, Problem, Split, Task, draw_problems, split_of
 
 SKILLS: dict[str, Task] = {
     module.TASK.name: module.TASK for module in (addition, reversal, maximum, ordering, counting)
@@ -20,11 +20,12 @@ CATEGORIES: tuple[str, ...] = (*SKILLS, OTHER.name)
 
 def problems(name: str, count: int, split: Split, seed: int = 0) -> list[Problem]:
     """`count` problems of a generated task ("category" and "other" included), the same for the
-    same seed.
+    same seed; held-out ones are distinct.
     """
     if name == category.NAME:
         rng = random.Random(f"{name}/{split}/{seed}")
-        return [category.problem([*SKILLS.values(), OTHER], rng, split) for _ in range(count)]
+        inner = [*SKILLS.values(), OTHER]
+        return draw_problems(lambda: category.problem(inner, rng, split), count, split)
     known = {**SKILLS, OTHER.name: OTHER}
     if name not in known:
         names = [*known, category.NAME]

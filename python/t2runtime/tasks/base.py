@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Split = Literal["train", "validation", "test"]
+#: So many draws in a row without a new question mean that there is none left.
+_REPEATS = 5000
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
@@ -35,6 +37,22 @@ def split_of(data: str) -> Split:
     """
     bucket = zlib.crc32(data.encode()) % 10
     return "test" if bucket == 0 else "validation" if bucket == 1 else "train"
+
+
+def draw_problems(draw: Callable[[], Problem], count: int, split: Split) -> list[Problem]:
+    """`count` problems; those held out are distinct, and fewer where no more can be found.
+
+    A question asked twice would count twice, and the interval of the score would be too narrow.
+    """
+    if split == "train":
+        return [draw() for _ in range(count)]
+    found: dict[str, Problem] = {}
+    repeats = 0
+    while len(found) < count and repeats < _REPEATS:
+        problem = draw()
+        repeats = repeats + 1 if problem.prompt in found else 0
+        found.setdefault(problem.prompt, problem)
+    return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -71,6 +89,6 @@ class Task:
         return Problem(self.prompt(rng, data), self.right(data), self.name)
 
     def problems(self, count: int, split: Split, seed: int) -> list[Problem]:
-        """`count` questions of `split`, the same for the same seed."""
+        """`count` questions of `split`, the same for the same seed; see `draw_problems`."""
         rng = random.Random(f"{self.name}/{split}/{seed}")
-        return [self.problem(rng, split) for _ in range(count)]
+        return draw_problems(lambda: self.problem(rng, split), count, split)

@@ -40,10 +40,18 @@ class JsonLines:
         return Problem(row["prompt"], row["answer"], self.name)
 
     def __call__(self, count: int, split: Split, seed: int) -> list[Problem]:
-        """`count` problems; for training drawn anew per seed, else the first ones of the split."""
+        """`count` problems; for training drawn anew per seed, else the first distinct ones of the
+        split.
+        """
         pool = self._splits[split]
         if not pool:
-            raise ValueError(f"task {self.name!r} has no {split} lines; give the file more lines")
+            raise ValueError(
+                f"task {self.name!r} has no {split} lines (by checksum of the prompt, a tenth of "
+                "the lines is for validation, a tenth for testing); give the file more lines"
+            )
         if split == "train":
             return random.Random(f"{self.name}/{seed}").choices(pool, k=count)
-        return pool[:count]
+        distinct: dict[str, Problem] = {}
+        for problem in pool:
+            distinct.setdefault(problem.prompt, problem)
+        return list(distinct.values())[:count]

@@ -1,6 +1,6 @@
 """Training experts."""
 
 from t2runtime.train.config import Config
-from t2runtime.train.reinforce import Log, Source, train
+from t2runtime.train.reinforce import Interrupted, Log, Source, train
 
-__all__ = ["Config", "Log", "Source", "train"]
+__all__ = ["Config", "Interrupted", "Log", "Source", "train"]

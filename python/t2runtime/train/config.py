@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,8 +41,14 @@ class Config:
                      "validation_problems", "rows_per_backward"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive to explore, got {self.temperature}")
+        for name in ("temperature", "lr", "clip"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive, finite number, got {value}")
+        if not (math.isfinite(self.kl) and self.kl >= 0):
+            raise ValueError(f"kl must be a finite number, at least 0, got {self.kl}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
         if self.baseline not in ("leave-one-out", "none"):
             raise ValueError(f"baseline must be 'leave-one-out' or 'none', got {self.baseline!r}")
         if self.baseline == "leave-one-out" and self.samples < 2:

@@ -18,6 +18,7 @@ and Adam are fp32.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,17 @@ from t2runtime.train.config import Config, open_run
 Source = Callable[[int, Split, int], list[Problem]]
 Log = Callable[[dict[str, Any]], None]
 _ROLLOUT = "t2-rollout"
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during training. `expert` is the best by validation so far, before the first
+    validation the present one.
+    """
+
+    def __init__(self, expert: Any, step: int, validated: bool) -> None:
+        super().__init__(f"interrupted at step {step}")
+        self.expert, self.step, self.validated = expert, step, validated
 
 
 def advantages(scores: Tensor, baseline: str) -> Tensor:
@@ -83,6 +95,8 @@ def train(
 
     The layers' own z start at 1 and are back at 1 and frozen afterwards. With `out`, config.json
     and metrics.jsonl (one line per step) are written there. Equal seeds give equal experts.
+    Its metadata hold its validation accuracy and the base's; an expert that is not better than the
+    base is returned all the same, with a warning in the log. Ctrl-C raises `Interrupted`.
     """
     parameters = list(t2k.trainable(model))
     bank = t2k.ExpertBank(model)
@@ -92,8 +106,9 @@ def train(
     metrics = open_run(out, cfg)
     _reset(parameters)
     model.eval()
-    best, best_key = t2k.Expert.from_model(model), (-1.0, 0.0)
+    best, best_key, step = t2k.Expert.from_model(model), (-1.0, 0.0), 0
     try:
+        at_base = evaluate(model, tokenizer, held_out, cfg.max_new_tokens, extract=extract).accuracy
         for step in range(cfg.steps):
             start, seed = time.perf_counter(), cfg.seed * 1_000_003 + step
             torch.manual_seed(seed)
@@ -125,10 +140,12 @@ def train(
                     score = evaluate(
                         model, tokenizer, held_out, cfg.max_new_tokens, extract=extract
                     ).accuracy
-                line["validation"] = score
+                line |= {"validation": score, "base_validation": at_base}
+                line["better_than_base"] = score > at_base
                 # Ties on validation go to the better sampler: greedy answers say little at first.
                 if (key := (score, line["sampled_accuracy"])) > best_key:
-                    best, best_key = t2k.Expert.from_model(model), key
+                    facts = {"validation": score, "base_validation": at_base}
+                    best, best_key = t2k.Expert.from_model(model, metadata=facts), key
             line["seconds"] = time.perf_counter() - start
             if metrics is not None:
                 with metrics.open("a") as file:
@@ -137,10 +154,20 @@ def train(
                 log(line)
             if cfg.stop_at is not None and line.get("validation", 0.0) >= cfg.stop_at:
                 break
+    except KeyboardInterrupt as stop:
+        validated = best_key[0] >= 0
+        best = best if validated else t2k.Expert.from_model(model)
+        raise Interrupted(best, step, validated) from stop
     finally:
         _reset(parameters)
         for parameter in parameters:
             parameter.requires_grad_(False)
+    if best_key[0] <= at_base:
+        logger.warning(
+            "the expert is not better than the base: validation accuracy %.3f, the base has %.3f "
+            "(%d problems). More steps, samples or another lr may help.",
+            best_key[0], at_base, len(held_out),
+        )  # fmt: skip
     return best
 
 
