@@ -22,11 +22,11 @@ def check_sigma(S: Tensor) -> None:
     watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     if S.device.type != "cpu" or S.numel() == 0 or watched:
         return
-    low, high = torch.aminmax(S.detach())
+    low, high = (v.item() for v in torch.aminmax(S.detach()))
     if not (low >= 0 and high < float("inf")):
         raise ValueError(
-            f"S must hold finite singular values ≥ 0, got values from {float(low)} to "
-            f"{float(high)}. Make factors with t2kernels.decompose(weight)."
+            f"S must hold finite singular values ≥ 0, got values from {low} to {high}. "
+            "Make factors with t2kernels.decompose(weight)."
         )
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..diagonal import PARAMETRISATIONS, effective_diagonal, effective_multiplier
+from ..diagonal import PARAMETRISATIONS, effective_multiplier
 from ..ops import dispatch
 from ..ops.functional import dense, layout, run
 from ..quantized import QuantizedFactors, dequantize
@@ -245,8 +245,8 @@ class SVFLinear(nn.Module):
             return self._rests_when_compiled and not z.requires_grad
         seen = (z.data_ptr(), z._version)
         if z.device.type == "cpu" or self._z_seen != seen:
-            reference = z[0] if self.parametrisation == "sigmoid-normalised" else 1.0
-            self._z_identity = bool((z.detach() == reference).all())
+            first = z[:1] if self.parametrisation == "sigmoid-normalised" else z.new_ones(1)
+            self._z_identity = torch.equal(z.detach(), first.detach().expand_as(z))
             self._z_seen = seen
         self._rests_when_compiled = self._z_identity and not z.requires_grad
         return self._z_identity
@@ -276,7 +276,7 @@ class SVFLinear(nn.Module):
         if self._route is None or plan is None:
             if self.rests():
                 return "base", None, None
-            return "own z", effective_diagonal(self._S, self.z, self.parametrisation), None
+            return "own z", self._S * self.multiplier, None
         route, index, offset = self._route
         if plan.form == "base":
             # Batch-invariant mode fixes the form, so that a base row is computed alike everywhere.

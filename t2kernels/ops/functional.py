@@ -51,8 +51,7 @@ def run(
     )
     invariant = dispatch.is_batch_invariant()
     if not wants_grad and _plain_eager(x) and not torch.is_autocast_enabled(x.device.type):
-        with torch.no_grad():  # in-place steps of a backend must not see a leaf that wants grad
-            return product(x, U, Vh, d, base, slot, bias, scale, False, invariant)[0]
+        return product(x, U, Vh, d, base, slot, bias, scale, False, invariant)[0]
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         raise RuntimeError(
             "svf_linear has no forward-mode derivative (torch.func.jvp, dual tensors); its tangent "
