@@ -1,5 +1,6 @@
 # make test    lint, types and all tests on the installed package (own virtual environment)
-# make demo    train experts, answer a mixed batch in two passes; MODEL=path serves another model
+# make demo    train experts, answer a mixed batch in two passes; MODEL=path serves another model,
+#              EXPERT="a.safetensors b.safetensors" under these experts
 # make gpu     where a GPU is: build, test and benchmark with the Python that is there, no network
 # make build   compile the native module into the source tree, for work on it
 # make clean   remove everything the above have made
@@ -15,6 +16,7 @@ OUT ?= out
 PHASE ?= all
 DRY_RUN ?= 0
 MODEL ?=
+EXPERT ?=
 TESTS ?= tests
 WORKERS ?= 2
 
@@ -34,8 +36,10 @@ $(BIN)/python:
 # Not editable: the tests must see what a user gets. Building again is incremental (build/).
 .PHONY: install-test install-demo
 install-test: $(BIN)/python
+	@echo "installing: compiles and downloads, takes minutes"
 	$(PIP) install -q "triton; sys_platform == 'linux'" ".[test]"
 install-demo: $(BIN)/python
+	@echo "installing: compiles and downloads, takes minutes"
 	$(PIP) install -q ".[hf,plot]"
 
 lint: install-test
@@ -50,7 +54,8 @@ test: lint
 
 # Through the console script: `python -m` would put the source tree before the installed package.
 demo: install-demo
-	$(BIN)/t2 demo --out $(OUT)/demo $(if $(MODEL),--model "$(MODEL)")
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/t2 demo --out $(OUT)/demo $(if $(MODEL),--model "$(MODEL)") \
+		$(foreach file,$(EXPERT),--expert "$(file)")
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py --phase "$(PHASE)" --out "$(OUT)" $(if $(filter-out 0,$(DRY_RUN)),--dry-run)

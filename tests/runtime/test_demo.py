@@ -39,7 +39,10 @@ def test_any_local_model_with_random_experts(
     assert results["identity_bit_exact"] and results["experts"] == "random"
     mixtures = [json.dumps(row["mixture"]) for row in results["mixed_batch"]]
     assert len(set(mixtures)) == len(mixtures), "every request has its own"
-    assert "demo passed" in capsys.readouterr().out
+    for rate in results["cost"].values():
+        assert 0 < rate["low"] <= rate["median"] <= rate["high"]
+    said = capsys.readouterr().out
+    assert "demo passed" in said and "1.00 x base" in said
 
 
 def test_any_local_model_with_a_given_expert(
@@ -65,7 +68,8 @@ def test_plot(tmp_path: Path) -> None:
     results = {
         "skills": {"add": _gain(Score(100, 400), Score(300, 400))},
         "curves": {"add": [0.3, 0.5, 0.8]},
-        "cost": {"base": 100.0, "merged": 99.0},
+        "stopped_early": ["add"],
+        "cost": {n: {"median": 100.0, "low": 90.0, "high": 104.0} for n in ("base", "merged")},
     }
     assert plot.save(results, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").stat().st_size > 10_000

@@ -32,10 +32,12 @@ def tokens_per_second(
     prompts: Sequence[str],
     *,
     new_tokens: int = 12,
-    repeats: int = 5,
-) -> dict[str, float]:
-    """Generated tokens per second of each form, median over repeats that take turns; same work
-    for each.
+    rounds: int = 8,
+) -> dict[str, dict[str, float]]:
+    """Generated tokens per second of each form: {"median", "low", "high"} over rounds.
+
+    Every round times each form once, in turns, so that what else the machine does meets all of
+    them alike; a first round is not counted. All do the same work.
     """
     names = list(bank.names)
     # Multiples of the golden ratio never meet: as many different mixtures as requests.
@@ -51,8 +53,11 @@ def tokens_per_second(
     }
     ids, mask = encode(tokenizer, prompts, model.device)
     seconds: dict[str, list[float]] = {form: [] for form in forms}
-    for turn in range(repeats + 1):
-        for form, weights in forms.items():
+    order = list(forms.items())
+    for turn in range(rounds + 1):
+        # Every round begins with another form: what runs first finds the caches of the last.
+        shift = turn % len(order)
+        for form, weights in order[shift:] + order[:shift]:
             with weights(), torch.no_grad():
                 _wait(model)
                 start = time.perf_counter()
@@ -64,10 +69,25 @@ def tokens_per_second(
                 _wait(model)
             if turn:
                 seconds[form].append(time.perf_counter() - start)
+    tokens = len(prompts) * new_tokens
     return {
-        form: len(prompts) * new_tokens / statistics.median(times)
+        form: {
+            "median": tokens / statistics.median(times),
+            "low": tokens / max(times),
+            "high": tokens / min(times),
+        }
         for form, times in seconds.items()
     }
+
+
+def lines(rates: dict[str, dict[str, float]]) -> list[str]:
+    """One line per form: median, the slowest and the fastest round, share of the base."""
+    base = rates["base"]["median"]
+    return [
+        f"  {form:36s}{rate['median']:9.1f}   [{rate['low']:.1f}, {rate['high']:.1f}]"
+        f"   {rate['median'] / base:.2f} x base"
+        for form, rate in rates.items()
+    ]
 
 
 def _wait(model: Any) -> None:

@@ -66,10 +66,11 @@ def run(path: str, files: Sequence[str], seed: int, say: Callable[[str], None]) 
     for prompt, text, mixture in zip(PROMPTS, texts, mixtures, strict=True):
         say(f"  {mixture or 'base'}\n    {prompt!r} -> {text!r}")
         rows.append({"prompt": prompt, "text": text, "mixture": mixture})
-    rates = cost.tokens_per_second(model, tokenizer, bank, PROMPTS, repeats=3)
-    say(f"\nthe mixed batch took {seconds:.2f} s; generated tokens per second of each form:")
-    for form, rate in rates.items():
-        say(f"  {form:36s}{rate:9.1f}")
+    rates = cost.tokens_per_second(model, tokenizer, bank, PROMPTS, rounds=5)
+    say(f"\nthe mixed batch took {seconds:.2f} s; generated tokens per second of each form,")
+    say("median and range of 5 rounds in which the forms take turns:")
+    for line in cost.lines(rates):
+        say(line)
     return {
         "model": path,
         "experts": list(files) or "random",
