@@ -177,12 +177,12 @@ the package.
 Made by `{facts["command"]}`
 in {took} on {facts["threads"]} threads
 ({facts["machine"]}; {versions}): {facts["steps"]} steps of
-{facts["rows"]} rows, loss over the last 100 steps {facts["loss"]:.4f}.
+{facts["rows"]} rows, loss over the last 100 steps {facts["loss"]:.4f}. {facts.get("note", "")}
 Everything follows from the seed: the same command, versions, number of threads and kind of machine
-repeat the training loss for loss; others give an equal model, not equal bits.
+repeat the training loss for loss; others give other bits.
 
-Greedy accuracy on {facts["problems"]} held-out problems each ("category": asked for the category;
-"other": belongs to no expert):
+Greedy accuracy on {facts["problems"]} distinct held-out problems each
+("category": asked for the category; "other": belongs to no expert):
 
 | task | accuracy |
 |---|---|
