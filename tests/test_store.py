@@ -453,7 +453,9 @@ def test_peak_memory_is_that_of_one_weight(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", MEMORY, *arguments], capture_output=True, text=True, check=True
     )
-    assert float(run.stdout) < 48, f"256 MiB of weights took {run.stdout} MiB more than 24 MiB"
+    # Keeping the weights would take 232 MiB more, their factors besides. The C library may open an
+    # arena of 64 MiB of its own when the machine is busy.
+    assert float(run.stdout) < 128, f"256 MiB of weights took {run.stdout} MiB more than 24 MiB"
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"the small real model is not at {STORIES}")
