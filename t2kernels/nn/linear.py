@@ -171,7 +171,6 @@ class SVFLinear(nn.Module):
             U, Vh = U.to(self._dtype), Vh.to(self._dtype)
         self._U, self._Vh, self._S = U, Vh, factors.S.float()
         self._scale = factors.scale if isinstance(factors, QuantizedFactors) else None
-        self._factor_type = type(factors)
         self._column_scales = (
             (factors.u_scale, factors.v_scale) if isinstance(factors, QuantizedFactors) else None
         )
