@@ -7,16 +7,18 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import t2kernels as t2k
 
 # Larger than any cache, small enough to be read a few dozen times a second.
-_READ_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+_PROBE_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 _MATMUL_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
 _MATMUL_SECONDS = 1.0
 
@@ -30,22 +32,26 @@ def _native() -> ModuleType | None:
 
 
 class Bandwidth:
-    """The read bandwidth (CPU) or copy bandwidth (GPU) in GB/s, sampled again for every case."""
+    """The read bandwidth (CPU) or copy bandwidth (GPU) in GB/s, sampled among the contestants.
+
+    On a CPU the memory that is read is the factors' own: the same pages, the same number of
+    threads, once through and in order, by a loop that does nothing else.
+    """
 
     def __init__(self, device: torch.device, threads: int) -> None:
         self._device, self._threads, self._native = device, threads, _native()
         if device.type == "cuda":
             self.method = "copy of 1 GiB, bytes counted twice"
-            self._source = torch.ones(_READ_BYTES["cuda"] // 4, device=device)
+            self._source = torch.ones(_PROBE_BYTES["cuda"] // 4, device=device)
             self._target = torch.empty_like(self._source)
         elif self._native is not None:
-            self.method = "native read of 128 MiB, best of 3"
+            self.method = "native read of the line-up's own factors"
         else:
             self.method = "torch.sum of 128 MiB, best of 3"
-            self._source = torch.ones(_READ_BYTES["cpu"] // 4)
+            self._source = torch.ones(_PROBE_BYTES["cpu"] // 4)
 
-    def sample(self) -> float:
-        """GB/s (1e9) now."""
+    def sample(self, factors: Sequence[Tensor]) -> float:
+        """GB/s (1e9) now; ``factors``: contiguous tensors of the layer, too cold for the caches."""
         if self._device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -53,11 +59,13 @@ class Bandwidth:
                 self._target.copy_(self._source)
             end.record()
             torch.cuda.synchronize()
-            return 6 * _READ_BYTES["cuda"] / begin.elapsed_time(end) / 1e6
+            return 6 * _PROBE_BYTES["cuda"] / begin.elapsed_time(end) / 1e6
         if self._native is not None:
-            return float(self._native.read_bandwidth(_READ_BYTES["cpu"], 3, self._threads))
+            read = self._native.read_bandwidth
+            rates = [(t.nbytes, read(t.data_ptr(), t.nbytes, self._threads)) for t in factors]
+            return sum(size for size, _ in rates) / sum(size / rate for size, rate in rates)
         best = min(_seconds(self._source.sum, self._device) for _ in range(3))
-        return _READ_BYTES["cpu"] / best / 1e9
+        return _PROBE_BYTES["cpu"] / best / 1e9
 
 
 def _seconds(function: Any, device: torch.device) -> float:

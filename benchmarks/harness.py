@@ -23,7 +23,7 @@ GATE_FLOOR = 4 * torch.finfo(torch.float32).eps
 GATE_ROWS = 16
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 60
 # Samples of the machine's bandwidth among the rounds.
-_BESIDE = 5
+_BESIDE = 15
 
 
 class Refused(RuntimeError):
@@ -215,7 +215,7 @@ def measure(
 
     In each round every contestant has one turn, in an order drawn anew, so that a drift of the
     machine meets all alike. A contestant gets about ``seconds`` in all, at least 5 and at most 60
-    turns; the turns of slow ones are spread over the rounds. ``beside`` is called five times in
+    turns; the turns of slow ones are spread over the rounds. ``beside`` is called fifteen times in
     between, to measure the machine itself under the same conditions.
     """
     order = random.Random(seed)

@@ -36,6 +36,12 @@ class WeightSet:
     leading: t2k.SVDFactors  # the k leading components, for the delta form
     int8: t2k.QuantizedFactors | None
 
+    @property
+    def read(self) -> tuple[Tensor, Tensor]:
+        """The factors that our form reads."""
+        f = self.factors if self.int8 is None else self.int8
+        return f.V.t(), f.U
+
     def clone(self) -> WeightSet:
         """The same numbers elsewhere in memory."""
 

@@ -64,7 +64,7 @@ void bind_cpu(py::module_& m) {
         arg("dtype"), arg("n_threads"), arg("isa"));
   m.def("dequantise", &dequantise, Unlocked(), arg("q"), arg("scale"), arg("scale_axis"), arg("out"), arg("rows"),
         arg("cols"), arg("dtype"), arg("n_threads"), arg("isa"));
-  m.def("read_bandwidth", &read_bandwidth, Unlocked(), arg("bytes"), arg("repeats"), arg("n_threads"));
+  m.def("read_bandwidth", &read_bandwidth, Unlocked(), arg("data"), arg("bytes"), arg("n_threads"));
 }
 
 #ifdef T2_WITH_CUDA

@@ -61,10 +61,8 @@ float read_stream(const void* data, std::int64_t bytes) {
   __m256i sum[8];
   for (__m256i& s : sum) s = _mm256_setzero_si256();
   for (std::int64_t i = 0; i + 256 <= bytes; i += 256)
-    for (int j = 0; j < 8; ++j) {
-      if (j % 2 == 0) T2_PREFETCH(p + i + 4096 + j * 32);
+    for (int j = 0; j < 8; ++j)
       sum[j] = _mm256_xor_si256(sum[j], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i + j * 32)));
-    }
   for (int j = 1; j < 8; ++j) sum[0] = _mm256_xor_si256(sum[0], sum[j]);
   return static_cast<float>(_mm256_extract_epi32(sum[0], 0));
 }

@@ -109,10 +109,7 @@ float read_stream(const void* data, std::int64_t bytes) {
   __m512i sum[8];
   for (__m512i& s : sum) s = _mm512_setzero_si512();
   for (std::int64_t i = 0; i + 512 <= bytes; i += 512)
-    for (int j = 0; j < 8; ++j) {
-      T2_PREFETCH(p + i + 4096 + j * 64);
-      sum[j] = _mm512_xor_si512(sum[j], _mm512_loadu_si512(p + i + j * 64));
-    }
+    for (int j = 0; j < 8; ++j) sum[j] = _mm512_xor_si512(sum[j], _mm512_loadu_si512(p + i + j * 64));
   for (int j = 1; j < 8; ++j) sum[0] = _mm512_xor_si512(sum[0], sum[j]);
   return static_cast<float>(_mm512_reduce_or_epi32(sum[0]));
 }

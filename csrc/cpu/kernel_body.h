@@ -4,7 +4,7 @@
 // out[t][j] = sum_i act[t][i] weight[j][i]: rows of the weight are dotted with rows of the activations. One vector
 // accumulator per (row, token) runs over i from start to end, and its lanes are folded in one fixed tree. So the
 // order of the sum, and with it every bit, is the same in whatever tile the pair lands: batch invariance costs
-// nothing. Latency is hidden by the other pairs of the tile (at least 8).
+// nothing. Latency is hidden by the other pairs of the tile (at least 4).
 //
 // The policy provides
 //   Weight, Act, X          element types in memory (X: of x, y, h and bias)
@@ -19,8 +19,7 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define T2_INLINE inline __attribute__((always_inline))
-// Into the second-level cache: what is asked for here is a whole tile of rows away.
-#define T2_PREFETCH(address) __builtin_prefetch((address), 0, 2)
+#define T2_PREFETCH(address) __builtin_prefetch((address), 0, 3)
 #else
 #define T2_INLINE inline
 #define T2_PREFETCH(address) ((void)0)
@@ -30,12 +29,20 @@ namespace t2::cpu {
 namespace {
 
 constexpr int kCacheLine = 64;
+// A panel of rows that many tiles of tokens use should stay in the second-level cache.
+constexpr std::int64_t kPanelBytes = 384 * 1024;
+constexpr int kPanelTiles = 16;
+// Activations of a tile, per token, that stay in the first-level cache beside the weights.
+constexpr std::int64_t kChunkBytes = 2048;
+// The least distance at which weights are asked for.
+constexpr std::int64_t kLeadBytes = 16 * 1024;
 
-// acc[token][row] += act[token][0:k] * weight[row][0:k]. Along with every line of its first AHEAD rows it asks for the
-// line `ahead` bytes further, in the next rows to come.
-template <class P, int ROWS, int TOKENS, int AHEAD>
+// acc[token][row] += act[token][0:k] * weight[row][0:k]. With every line of its ROWS rows it asks for ROWS lines from
+// `ahead` on, in the order of memory: the rows are read side by side, but what the memory sees is one stream, and its
+// prefetcher follows one stream best.
+template <class P, int ROWS, int TOKENS, bool AHEAD>
 T2_INLINE void multiply(typename P::Acc (&acc)[TOKENS][ROWS], const typename P::Weight* const (&w)[ROWS],
-                        const typename P::Act* act, std::int64_t act_stride, std::int64_t k, std::int64_t ahead) {
+                        const typename P::Act* act, std::int64_t act_stride, std::int64_t k, const char* ahead) {
   constexpr int kSteps = kCacheLine / (P::kStep * static_cast<int>(sizeof(typename P::Weight)));
   constexpr int kUnroll = kSteps < 1 ? 1 : kSteps;
   const auto step = [&](std::int64_t i) {
@@ -48,7 +55,10 @@ T2_INLINE void multiply(typename P::Acc (&acc)[TOKENS][ROWS], const typename P::
   };
   std::int64_t i = 0;
   for (; i + kUnroll * P::kStep <= k; i += kUnroll * P::kStep) {
-    for (int j = 0; j < AHEAD; ++j) T2_PREFETCH(reinterpret_cast<const char*>(w[j] + i) + ahead);
+    if (AHEAD) {
+      for (int j = 0; j < ROWS; ++j) T2_PREFETCH(ahead + j * kCacheLine);
+      ahead += ROWS * kCacheLine;
+    }
     for (int u = 0; u < kUnroll; ++u) step(i + u * P::kStep);
   }
   for (; i + P::kStep <= k; i += P::kStep) step(i);
@@ -63,42 +73,33 @@ T2_INLINE void multiply(typename P::Acc (&acc)[TOKENS][ROWS], const typename P::
   }
 }
 
-// sums[token][row]: the lanes of every accumulator folded.
+// sums[token * 4 + row]: the lanes of every accumulator folded. A fourth row that is not there gives a copy of the third.
 template <class P, int ROWS, int TOKENS>
 T2_INLINE void fold_tile(typename P::Acc (&acc)[TOKENS][ROWS], float* sums) {
-  for (int t = 0; t < TOKENS; ++t)
-    for (int j = 0; j < ROWS; j += 4)
-      P::sum4(acc[t][j], acc[t][j + 1], acc[t][j + 2], acc[t][j + 3], sums + t * ROWS + j);
-}
-
-template <class P, int ROWS, int TOKENS, int AHEAD>
-void tile(const typename P::Weight* const (&weight)[ROWS], const typename P::Act* act, std::int64_t act_stride,
-          std::int64_t k, std::int64_t ahead, float* sums) {
-  const typename P::Weight* w[ROWS];
-  for (int j = 0; j < ROWS; ++j) w[j] = weight[j];
-  typename P::Acc acc[TOKENS][ROWS];
-  for (int t = 0; t < TOKENS; ++t)
-    for (int j = 0; j < ROWS; ++j) acc[t][j] = P::zero();
-  multiply<P, ROWS, TOKENS, AHEAD>(acc, w, act, act_stride, k, ahead);
-  fold_tile<P, ROWS, TOKENS>(acc, sums);
+  static_assert(ROWS == 3 || ROWS == 4, "sum4 folds four");
+  for (int t = 0; t < TOKENS; ++t) P::sum4(acc[t][0], acc[t][1], acc[t][2], acc[t][ROWS - 1], sums + t * 4);
 }
 
 // A tile over one chunk of k: the accumulators rest in `carry` between chunks. Registers to memory and back keeps
 // every bit, so the chunks change nothing in the result.
-template <class P, int TOKENS>
-void tile_chunk(const typename P::Weight* const (&weight)[4], const typename P::Act* act, std::int64_t act_stride,
-                std::int64_t k, bool first, bool last, typename P::Acc* carry, float* sums) {
-  const typename P::Weight* w[4];
-  for (int j = 0; j < 4; ++j) w[j] = weight[j];
-  typename P::Acc acc[TOKENS][4];
+template <class P, int ROWS, int TOKENS>
+void tile(const typename P::Weight* const (&weight)[ROWS], const typename P::Act* act, std::int64_t act_stride,
+          std::int64_t k, const char* ahead, bool first, bool last, typename P::Acc* carry, float* sums) {
+  const typename P::Weight* w[ROWS];
+  for (int j = 0; j < ROWS; ++j) w[j] = weight[j];
+  typename P::Acc acc[TOKENS][ROWS];
   for (int t = 0; t < TOKENS; ++t)
-    for (int j = 0; j < 4; ++j) acc[t][j] = first ? P::zero() : carry[t * 4 + j];
-  multiply<P, 4, TOKENS, 0>(acc, w, act, act_stride, k, 0);
+    for (int j = 0; j < ROWS; ++j) acc[t][j] = first ? P::zero() : carry[t * ROWS + j];
+  if (ahead) {
+    multiply<P, ROWS, TOKENS, true>(acc, w, act, act_stride, k, ahead);
+  } else {
+    multiply<P, ROWS, TOKENS, false>(acc, w, act, act_stride, k, nullptr);
+  }
   if (last) {
-    fold_tile<P, 4, TOKENS>(acc, sums);
+    fold_tile<P, ROWS, TOKENS>(acc, sums);
   } else {
     for (int t = 0; t < TOKENS; ++t)
-      for (int j = 0; j < 4; ++j) carry[t * 4 + j] = acc[t][j];
+      for (int j = 0; j < ROWS; ++j) carry[t * ROWS + j] = acc[t][j];
   }
 }
 
@@ -107,10 +108,10 @@ struct Count {
   static constexpr int value = TOKENS;
 };
 
-// f(Count<tokens>) for 1 <= tokens <= MOST <= 6.
+// f(Count<tokens>) for 1 <= tokens <= MOST <= 8.
 template <int MOST, class F>
 T2_INLINE void with_count(int tokens, const F& f) {
-  static_assert(MOST >= 1 && MOST <= 6, "add a case");
+  static_assert(MOST >= 1 && MOST <= 8, "add a case");
   switch (tokens) {
     case 1:
       return f(Count<1>{});
@@ -126,8 +127,14 @@ T2_INLINE void with_count(int tokens, const F& f) {
     case 5:
       if constexpr (MOST >= 5) return f(Count<5>{});
       break;
-    default:
+    case 6:
       if constexpr (MOST >= 6) return f(Count<6>{});
+      break;
+    case 7:
+      if constexpr (MOST >= 7) return f(Count<7>{});
+      break;
+    default:
+      if constexpr (MOST >= 8) return f(Count<8>{});
       break;
   }
 }
@@ -167,77 +174,45 @@ struct Output {
   }
 };
 
-// Few tokens: the weights are streamed once, ROWS rows at a time, and the next rows are asked for meanwhile. A second
-// tile of tokens finds the rows in the cache.
+// The weight is read once, from its first byte to its last, a panel of rows at a time. A panel is used by one tile of
+// tokens after another, in chunks of k so short that a tile's activations stay in the first-level cache; meanwhile the
+// first tile of tokens asks for the next panel.
 template <class P, template <class> class Store, int ROWS>
-void sweep(const Product& p, std::int64_t row_begin, std::int64_t row_end) {
+void sweep(const Product& p, std::int64_t row_begin, std::int64_t row_end, std::int64_t panel, std::int64_t chunk) {
   using Weight = typename P::Weight;
   using Act = typename P::Act;
   constexpr int kTile = P::kTokens * 4 / ROWS;
   const Weight* const base = static_cast<const Weight*>(p.weight);
-  const std::int64_t tiles = (p.T + kTile - 1) / kTile;
-  alignas(kCacheLine) float sums[kTile * ROWS];
-  for (std::int64_t j = row_begin; j < row_end; j += ROWS) {
-    const int rows = static_cast<int>(row_end - j < ROWS ? row_end - j : ROWS);
-    // Rows past the end repeat the last one, so nothing outside the matrix is read; their sums are dropped.
-    const Weight* w[ROWS];
-    for (int i = 0; i < ROWS; ++i) w[i] = base + (j + (i < rows ? i : rows - 1)) * p.k;
-    // The last rows of the first product ask for the first rows of the second, across the barrier between.
-    const char* const next = j + ROWS < row_end ? reinterpret_cast<const char*>(base + (j + ROWS) * p.k)
-                                                : static_cast<const char*>(p.next);
-    for (std::int64_t i = 0; i < tiles; ++i) {
-      const std::int64_t t = p.T * i / tiles;
-      const int tokens = static_cast<int>(p.T * (i + 1) / tiles - t);
-      const Act* const act = static_cast<const Act*>(p.act) + t * p.act_stride;
-      with_count<kTile>(tokens, [&](auto count) {
-        constexpr int kCount = decltype(count)::value;
-        if (next && i == 0) {
-          tile<P, ROWS, kCount, ROWS>(w, act, p.act_stride, p.k, next - reinterpret_cast<const char*>(w[0]), sums);
-        } else {
-          tile<P, ROWS, kCount, 0>(w, act, p.act_stride, p.k, 0, sums);
-        }
-      });
-      for (int u = 0; u < tokens; ++u) Store<P>::store(p, t + u, j, rows, sums + u * ROWS);
-    }
-  }
-}
-
-// Many tokens: a panel of rows that stays in the second-level cache is used by one tile of tokens after another, in
-// chunks of k so short that the tile's activations stay in the first level.
-constexpr std::int64_t kPanelBytes = 384 * 1024;
-constexpr std::int64_t kChunkBytes = 2048;
-constexpr int kPanelRows = 64;
-
-template <class P, template <class> class Store>
-void sweep_panels(const Product& p, std::int64_t row_begin, std::int64_t row_end) {
-  using Weight = typename P::Weight;
-  using Act = typename P::Act;
-  constexpr int kTile = P::kTokens;
-  constexpr std::int64_t kChunk = kChunkBytes / static_cast<std::int64_t>(sizeof(Act));
-  const Weight* const base = static_cast<const Weight*>(p.weight);
   const Act* const act = static_cast<const Act*>(p.act);
   const std::int64_t tiles = (p.T + kTile - 1) / kTile;
-  std::int64_t panel = kPanelBytes / (p.k * static_cast<std::int64_t>(sizeof(Weight))) / 4 * 4;
-  panel = panel < 8 ? 8 : panel > kPanelRows ? kPanelRows : panel;
+  const std::int64_t row_bytes = p.k * static_cast<std::int64_t>(sizeof(Weight));
+  const std::int64_t lead = panel * row_bytes > kLeadBytes ? panel * row_bytes : kLeadBytes;
   alignas(kCacheLine) float sums[kTile * 4];
-  alignas(kCacheLine) typename P::Acc carry[kPanelRows / 4][kTile * 4];
+  alignas(kCacheLine) typename P::Acc carry[kPanelTiles][kTile * ROWS];
+  const char* const end_of_rows = reinterpret_cast<const char*>(base + row_end * p.k);
   for (std::int64_t begin = row_begin; begin < row_end; begin += panel) {
     const std::int64_t end = begin + panel < row_end ? begin + panel : row_end;
+    // Past the last row comes the first of the second product, across the barrier between.
+    const char* ahead = reinterpret_cast<const char*>(base + begin * p.k) + lead;
+    if (ahead >= end_of_rows) ahead = p.next ? static_cast<const char*>(p.next) + (ahead - end_of_rows) : nullptr;
     for (std::int64_t i = 0; i < tiles; ++i) {
       const std::int64_t t = p.T * i / tiles;
       const int tokens = static_cast<int>(p.T * (i + 1) / tiles - t);
-      for (std::int64_t c = 0; c < p.k; c += kChunk) {
-        const std::int64_t k = c + kChunk < p.k ? kChunk : p.k - c;
+      for (std::int64_t c = 0; c < p.k; c += chunk) {
+        const std::int64_t k = c + chunk < p.k ? chunk : p.k - c;
         const bool last = c + k == p.k;
         const Act* const a = act + t * p.act_stride + c;
-        for (std::int64_t j = begin; j < end; j += 4) {
-          const int rows = static_cast<int>(end - j < 4 ? end - j : 4);
-          const Weight* w[4];
-          for (int u = 0; u < 4; ++u) w[u] = base + (j + (u < rows ? u : rows - 1)) * p.k + c;
-          typename P::Acc* const rest = carry[(j - begin) / 4];
+        for (std::int64_t j = begin; j < end; j += ROWS) {
+          const int rows = static_cast<int>(end - j < ROWS ? end - j : ROWS);
+          // Rows past the end repeat the last one, so nothing outside the matrix is read; their sums are dropped.
+          const Weight* w[ROWS];
+          for (int u = 0; u < ROWS; ++u) w[u] = base + (j + (u < rows ? u : rows - 1)) * p.k + c;
+          typename P::Acc* const rest = carry[(j - begin) / ROWS];
           with_count<kTile>(tokens, [&](auto count) {
-            tile_chunk<P, decltype(count)::value>(w, a, p.act_stride, k, c == 0, last, rest, sums);
+            tile<P, ROWS, decltype(count)::value>(w, a, p.act_stride, k, i == 0 ? ahead : nullptr, c == 0, last, rest,
+                                                  sums);
           });
+          if (i == 0 && ahead) ahead += ROWS * k * static_cast<std::int64_t>(sizeof(Weight));
           if (last)
             for (int u = 0; u < tokens; ++u) Store<P>::store(p, t + u, j, rows, sums + u * 4);
         }
@@ -246,18 +221,25 @@ void sweep_panels(const Product& p, std::int64_t row_begin, std::int64_t row_end
   }
 }
 
-// Up to here rows are streamed and used by every tile of tokens at once; beyond, panels re-use the activations too.
-constexpr std::int64_t kStreamedTokens = 12;
-
-// Few tokens take 8 rows at a time, for enough independent sums and enough open memory streams; more take 4.
+// One tile of tokens whose activations leave room in the first-level cache takes whole rows, four at a time. Else
+// chunks of k: panels of a few tiles where one tile of tokens uses them, of up to kPanelBytes where many do.
 template <class P, template <class> class Store>
 void product(const Product& p, std::int64_t row_begin, std::int64_t row_end) {
-  if (p.T * 2 <= P::kTokens) {
-    sweep<P, Store, 8>(p, row_begin, row_end);
-  } else if (p.T <= kStreamedTokens) {
-    sweep<P, Store, 4>(p, row_begin, row_end);
+  constexpr std::int64_t kChunk = kChunkBytes / static_cast<std::int64_t>(sizeof(typename P::Act));
+  const std::int64_t row_bytes = p.k * static_cast<std::int64_t>(sizeof(typename P::Weight));
+  constexpr int kWide = P::kTokens * 4 / 3;
+  if (p.T <= P::kTokens) {
+    sweep<P, Store, 4>(p, row_begin, row_end, 4, p.k);
+  } else if (p.T <= kWide) {
+    sweep<P, Store, 3>(p, row_begin, row_end, 12, 2 * kChunk);
+  } else if (p.T <= 2 * P::kTokens) {
+    sweep<P, Store, 4>(p, row_begin, row_end, 4, p.k);
+  } else if (p.T <= 2 * kWide) {
+    sweep<P, Store, 3>(p, row_begin, row_end, 12, 2 * kChunk);
   } else {
-    sweep_panels<P, Store>(p, row_begin, row_end);
+    std::int64_t panel = kPanelBytes / row_bytes / 4 * 4;
+    panel = panel < 8 ? 8 : panel > kPanelTiles * 4 ? kPanelTiles * 4 : panel;
+    sweep<P, Store, 4>(p, row_begin, row_end, panel, kChunk);
   }
 }
 

@@ -3,8 +3,6 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <limits>
-#include <memory>
 #include <string>
 
 #include "diagonal.h"
@@ -127,27 +125,17 @@ void dequantise(Address q, Address scale, int scale_axis, Address out, std::int6
   });
 }
 
-double read_bandwidth(std::int64_t bytes, int repeats, int n_threads) {
-  check_size("bytes", bytes, 4096);
-  check_size("repeats", repeats, 1);
+double read_bandwidth(Address data, std::int64_t bytes, int n_threads) {
+  check_size("bytes", bytes, 1);
   const KernelTable& functions = table(kAuto);
-  // Plain pages, as torch's allocator gives them: the number is a ceiling for what a kernel can reach on weights.
-  const std::size_t count = static_cast<std::size_t>(bytes / 4);
-  std::unique_ptr<float[]> buffer(new float[count]);
-  parallel_share(n_threads, static_cast<std::int64_t>(count), 1024, [&](std::int64_t begin, std::int64_t end) {
-    std::fill(buffer.get() + begin, buffer.get() + end, 1.0f);
-  });
+  const char* const p = pointer<const char>(data);
   std::atomic<float> sink{0.0f};
-  double best = std::numeric_limits<double>::infinity();
-  for (int i = 0; i < repeats; ++i) {
-    const auto start = std::chrono::steady_clock::now();
-    parallel_share(n_threads, static_cast<std::int64_t>(count), 1024, [&](std::int64_t begin, std::int64_t end) {
-      sink.store(functions.read_stream(buffer.get() + begin, (end - begin) * 4), std::memory_order_relaxed);
-    });
-    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-    best = std::min(best, took.count());
-  }
-  return static_cast<double>(count) * 4 / best * 1e-9;
+  const auto start = std::chrono::steady_clock::now();
+  parallel_share(n_threads, bytes, 4096, [&](std::int64_t begin, std::int64_t end) {
+    sink.store(functions.read_stream(p + begin, end - begin), std::memory_order_relaxed);
+  });
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+  return static_cast<double>(bytes) / took.count() * 1e-9;
 }
 
 }  // namespace t2::cpu

@@ -73,7 +73,8 @@ void backward_rows(Address gu, std::int64_t gu_stride, Address h, std::int64_t h
 void dequantise(Address q, Address scale, int scale_axis, Address out, std::int64_t rows, std::int64_t cols,
                 int dtype, int n_threads, int isa);
 
-// Best of `repeats` passes that read a private buffer of `bytes` with n_threads threads, in GB/s (1e9).
-double read_bandwidth(std::int64_t bytes, int repeats, int n_threads);
+// One pass that reads the caller's memory with n_threads threads, in GB/s (1e9): the ceiling of a product whose weights
+// these are, on the same pages.
+double read_bandwidth(Address data, std::int64_t bytes, int n_threads);
 
 }  // namespace t2::cpu

@@ -31,11 +31,11 @@ _AUTO = -1
 # Where the library takes over is measured (benchmarks/LOG.md, "CPU kernels"; 2 cores of EPYC Zen 5,
 # torch 2.13 with MKL 2024.2 and oneDNN 3.12). Tokens:
 _UNLIMITED = 1 << 62
-# oneDNN's bf16 GEMM reaches 750 GFLOP/s there, ours 500. At 16 tokens ours takes 0.81 to 1.11 of
-# torch's time, by shape; the library's two products are hardly ever behind torch's.
-_BF16_TOKENS = 12
-# The same GEMM after widening int8 to bf16; ours widens in registers, to fp32.
-_INT8_BF16_TOKENS = 24
+# oneDNN's bf16 GEMM reaches 750 GFLOP/s there, ours 500: at 20 tokens ours takes 0.92 to 0.94 of
+# torch's time, at 32 it takes 1.00 to 1.07.
+_BF16_TOKENS = 20
+# The same GEMM after widening int8 to bf16 in memory; ours widens in registers.
+_INT8_BF16_TOKENS = 40
 # A library at its best (not measured here: MKL on its own make of CPU, fp16 in hardware) is left
 # to do everything that the memory's speed does not decide.
 _CAUTIOUS_TOKENS = 16

@@ -208,7 +208,7 @@ def test_results_survive_a_round_trip(tmp_path):
 def threads(monkeypatch):
     """Threads as they were, and ceilings that are measured in a moment."""
     monkeypatch.setitem(ceilings._MATMUL_SIZES, "cpu", (64,))
-    monkeypatch.setitem(ceilings._READ_BYTES, "cpu", 1 << 20)
+    monkeypatch.setitem(ceilings._PROBE_BYTES, "cpu", 1 << 20)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

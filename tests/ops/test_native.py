@@ -144,11 +144,25 @@ def test_empty_table_means_base(isa) -> None:
     assert dd is not None and dd.shape == (0, 10)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_int8_value_is_exact(isa, dtype) -> None:
+    """x picks one entry at a time, so y must be that entry, -128 included."""
+    values = torch.arange(-128, 128, dtype=torch.int8)
+    V = values.view(1, 256).t()  # n = 256, r = 1
+    one = torch.ones(1)
+    y, _ = native.forward(
+        torch.eye(256, dtype=dtype), torch.ones(1, 1, dtype=torch.int8), V, one, one, scale=one,
+        batch_invariant=True,
+    )  # fmt: skip
+    assert y.float().flatten().tolist() == values.float().tolist()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("int8", [False, True], ids=["same", "int8"])
-def test_batch_invariant_bits(isa, dtype, int8) -> None:
+@pytest.mark.parametrize("shape", [(203, 139, 101), (2600, 31, 19)], ids=str)  # one chunk, more
+def test_batch_invariant_bits(isa, dtype, int8, shape) -> None:
     """A row alone, in batches of 1 to 40, at any place, on one thread or two: the same bits."""
-    i = make_inputs(40, 203, 139, 101, slots=5, dtype=dtype, int8=int8)
+    i = make_inputs(40, *shape, slots=5, dtype=dtype, int8=int8)
     assert i.slot is not None
 
     def rows(begin: int, end: int) -> Tensor:
@@ -392,5 +406,6 @@ def test_unavailable(change, reason) -> None:
 
 
 def test_bandwidth_probe_measures_something() -> None:
-    assert _native.read_bandwidth(8 << 20, 2, 2) > 0.1
+    memory = torch.ones(2 << 20)
+    assert _native.read_bandwidth(memory.data_ptr(), memory.nbytes, 2) > 0.1
     assert native.isa() in ISAS
