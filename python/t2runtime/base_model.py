@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from t2runtime.evaluate import evaluate
-from t2runtime.tasks import CATEGORIES, OTHER, SKILLS, category, problems
+from t2runtime.tasks import CATEGORIES, EXACT, OTHER, SKILLS, category, problems
 
 #: Share of the right procedure and of each shortcut in the training text.
 SHARES = (0.35, 0.45, 0.20)
@@ -201,7 +201,7 @@ def make(out: Path, seed: int, steps: int, rows: int, peak_lr: float, count: int
     model = model.to(torch.bfloat16).eval()
     names = [*SKILLS, OTHER.name, category.NAME]
     tests = {name: problems(name, count, "test") for name in names}
-    scores = {name: evaluate(model, tokenizer, test, 9) for name, test in tests.items()}
+    scores = {name: evaluate(model, tokenizer, EXACT, test, 9) for name, test in tests.items()}
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     # Older releases of transformers know the class by this name only; newer ones know both.

@@ -34,6 +34,43 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--factors", metavar="DIR", help="use the folder that `t2 decompose` made")
 
 
+def _conversions(commands: Any) -> None:
+    p = _add(commands, "convert", "an expert of the paper authors' public code to one of ours")
+    p.add_argument("file", help="policy_params.pt or learnable_params.pt")
+    p.add_argument("--model", required=True, help="local folder of the model it was trained on")
+    p.add_argument("--out", required=True, help="expert file to write (.safetensors)")
+    p.add_argument("--max-mult", type=float, default=1.0, help="max_mult of its training")
+    p.add_argument(
+        "--mask",
+        choices=("bf16-sigmoid", "sigmoid", "none"),
+        help="how a parameter becomes a mask (default: as their code does for the layout)",
+    )
+    p.add_argument("--description", default="", help="one line for the card")
+    p.add_argument("--factors", metavar="DIR", help="use the folder that `t2 decompose` made")
+    p.add_argument("--device", default="auto", help="where to decompose: auto, cpu, cuda")
+
+    p = _add(commands, "export", "a merged checkpoint, a LoRA adapter, or experts as one expert")
+    p.add_argument("model", help="'small', or a local folder with safetensors weights")
+    p.add_argument("--experts", nargs="+", required=True, metavar="FILE")
+    p.add_argument("--mix", nargs="+", type=float, help="one weight per expert (default: 1)")
+    p.add_argument(
+        "--form",
+        choices=("deviation", "paper", "paper-normalised", "authors"),
+        default="deviation",
+        help="how experts are mixed",
+    )
+    p.add_argument("--out", required=True, help="new folder; with --as-expert a file")
+    p.add_argument("--lora-rank", type=int, metavar="K", help="write the best LoRA of this rank")
+    p.add_argument("--max-error", type=float, help="refuse a LoRA that misses more of W' - W")
+    p.add_argument("--as-expert", action="store_true", help="write one expert file")
+    p.add_argument("--dtype", default="auto", help="of a merged checkpoint; auto: as it is")
+    p.add_argument("--factors", metavar="DIR", help="use the folder that `t2 decompose` made")
+    p.add_argument("--device", default="auto", help="where to decompose: auto, cpu, cuda")
+    p.add_argument(
+        "--allow-mismatch", action="store_true", help="take experts made for another base weight"
+    )
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = Parser(
@@ -93,8 +130,23 @@ def build_parser() -> argparse.ArgumentParser:
         "--allow-mismatch", action="store_true", help="take experts made for another base weight"
     )
 
-    p = _add(commands, "inspect", "what an expert file or a factor store holds")
-    p.add_argument("file")
+    p = _add(commands, "inspect", "what expert files or a factor store hold")
+    p.add_argument("file", nargs="+", help="expert files (several are compared), or a store")
+    p.add_argument("--plot", metavar="FILE.png", help="draw z per layer and its distribution")
+
+    _conversions(commands)
+
+    p = _add(commands, "plan", "memory and arithmetic of training, from config.json alone")
+    p.add_argument("model", help="'small', or a folder with at least a config.json")
+    p.add_argument("--targets", default="all-linear", help=_TARGETS)
+    p.add_argument("--rank", type=int, help="train only this many components")
+    p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    p.add_argument("--batch", type=int, default=8, help="rows in memory at once")
+    p.add_argument("--rows", type=int, help="rows of a step, prompts x samples (default: --batch)")
+    p.add_argument("--tokens", type=int, default=512, help="of a row, prompt and answer")
+    p.add_argument("--answer-tokens", type=int, help="how many of them are the answer (half)")
+    p.add_argument("--method", choices=("reinforce", "ntp"), default="reinforce")
+    p.add_argument("--tflops", type=float, help="a measured rate, to turn arithmetic into time")
 
     p = _add(commands, "bench", "a quick benchmark of one layer against plain torch")
     p.add_argument("--device", default="auto")

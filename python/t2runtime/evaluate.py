@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from t2runtime import rewards
 from t2runtime.generation import complete
-from t2runtime.tasks import Problem
+from t2runtime.tasks import Grader, Problem
 
 
 def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
@@ -57,19 +56,18 @@ class Score:
 def evaluate(
     model: Any,
     tokenizer: Any,
+    grader: Grader,
     problems: Sequence[Problem],
     max_new_tokens: int,
     *,
-    extract: rewards.Extract = rewards.text,
     rows: int = 256,
 ) -> Score:
-    """Greedy accuracy under whatever weights or mixture are in force around the call."""
+    """Greedy accuracy under whatever weights or mixture are in force around the call; `grader` is
+    usually the source of the problems.
+    """
     right = 0
     for start in range(0, len(problems), rows):
         part = problems[start : start + rows]
         texts = complete(model, tokenizer, [p.prompt for p in part], max_new_tokens).texts
-        right += sum(
-            rewards.is_correct(text, problem.answer, extract)
-            for text, problem in zip(texts, part, strict=True)
-        )
+        right += sum(grader.grade(part, texts))
     return Score(right, len(problems))

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 import t2kernels as t2k
-from t2runtime import rewards
 from t2runtime.generation import Completions, answer_log_probs, complete
-from t2runtime.tasks import Problem, Split
-from t2runtime.train import Config, Interrupted, train
+from t2runtime.tasks import ByAnswer, Problem, Split
+from t2runtime.train import Config, Interrupted, reinforce, train
 from t2runtime.train.reinforce import advantages, losses
 
 QUICK = Config(
@@ -29,11 +28,17 @@ def favourite_letter(tiny: Any, tokenizer: Any) -> str:
     return letter
 
 
-def source_of(letter: str) -> Any:
-    def source(count: int, split: Split, seed: int) -> list[Problem]:
-        return [Problem("1+1=", letter, "letter")] * count
+class Letter(ByAnswer):
+    """Always the same question; the letter is right."""
 
-    return source
+    name, max_new_tokens, letter = "letter", 1, ""
+
+    def __call__(self, count: int, split: Split, seed: int) -> list[Problem]:
+        return [Problem("1+1=", self.letter, "letter")] * count
+
+
+def source_of(letter: str) -> Any:
+    return type("Letter", (Letter,), {"letter": letter})()
 
 
 def chance_of(model: Any, tokenizer: Any, letter: str) -> float:
@@ -90,7 +95,7 @@ def test_parts_of_the_rows_give_the_same_step(tiny: Any, tokenizer: Any) -> None
 
 
 def test_divergence_is_said(tiny: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewards, "reward", lambda *_: math.nan)
+    monkeypatch.setattr(reinforce, "reward_of", lambda *_: math.nan)
     with pytest.raises(RuntimeError, match="diverged at step 0"):
         train(tiny, tokenizer, source_of("a"), QUICK)
     assert all(bool((z == 1).all()) for z in t2k.Expert.from_model(tiny).z.values())

@@ -38,10 +38,12 @@ def test_choices_keyed_by_digits_match_letters() -> None:
 
 
 def test_reward_is_plus_or_minus_one() -> None:
-    assert rewards.reward(" 85", "85") == 1.0
-    assert rewards.reward("", "85") == -1.0
+    assert rewards.is_correct(" 85", "85") and not rewards.is_correct("", "85")
+    assert rewards.reward_of(True) == 1.0
+    assert rewards.reward_of(False) == -1.0
+    assert rewards.reward_of(False, wrong=-0.1) == -0.1
 
 
 def test_an_answer_without_an_answer_is_an_error() -> None:
     with pytest.raises(ValueError, match="answer must contain"):
-        rewards.reward("3", "none", rewards.number)
+        rewards.is_correct("3", "none", rewards.number)

@@ -8,12 +8,12 @@ import torch
 
 import t2kernels as t2k
 from t2runtime import tasks
-from t2runtime.adapt.classifier import category_source
+from t2runtime.adapt.classifier import CategorySource
 from t2runtime.adapt.fewshot import score_members, search, without_shots
 from t2runtime.adapt.prompt import SMALL, Categories, name_categories
 from t2runtime.engine import TwoPass
 from t2runtime.generation import complete
-from t2runtime.tasks import Problem
+from t2runtime.tasks import ByAnswer, Problem
 
 STORIES = Path(os.environ.get("T2_MODELS", Path(__file__).parents[3] / "shared" / "models"))
 
@@ -122,15 +122,23 @@ def test_shots_are_not_in_the_score() -> None:
 def test_the_classifier_sees_training_splits_only() -> None:
     asked = []
 
-    def source(count: int, split: Any, seed: int) -> list[Problem]:
-        asked.append(split)
-        return [Problem("q", "a", "add")] * count
+    class Fixed(ByAnswer):
+        name, max_new_tokens = "fixed", 1
 
-    drawn = category_source({"add": source, "other": source}, SMALL)(10, "train", 0)
+        def __call__(self, count: int, split: Any, seed: int) -> list[Problem]:
+            asked.append(split)
+            return [Problem("q", "a", "add")] * count
+
+    mixed = CategorySource({"add": Fixed(), "other": Fixed()}, SMALL)
+    drawn = mixed(10, "train", 0)
     assert set(asked) == {"train"} and len(drawn) == 10
     assert {p.answer for p in drawn} == {"add", "other"}
+    add, other = (Problem("q", name, "category") for name in ("add", "other"))
+    assert mixed.grade([add, add, other, other], ["Add.", "max", "other", "junk"]) == [
+        True, False, True, False,
+    ]  # fmt: skip
     with pytest.raises(ValueError, match="keyed by category"):
-        category_source({"addition": source}, SMALL)
+        CategorySource({"addition": Fixed()}, SMALL)
 
 
 @pytest.mark.skipif(

@@ -5,39 +5,61 @@ other.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from t2runtime.adapt.prompt import Categories
-from t2runtime.tasks import Problem, Split
-from t2runtime.train import Config, Log, Source, train
+from t2runtime.tasks import Problem, Source, Split
+from t2runtime.train import Config, Log, train
 
 
-def category_source(sources: Mapping[str, Source], categories: Categories) -> Source:
+@dataclass(frozen=True)
+class CategorySource:
     """Category questions drawn in equal parts from the sources, which are keyed by category.
 
     A split of the result holds questions of the same split of the sources: nothing is trained on
     test data.
     """
-    unknown = set(sources) - {*categories.names, categories.other}
-    if unknown:
-        raise ValueError(
-            f"sources must be keyed by category, got {', '.join(sorted(unknown))}; "
-            f"known are {', '.join((*categories.names, categories.other))}"
-        )
 
-    def draw(count: int, split: Split, seed: int) -> list[Problem]:
-        share = -(-count // len(sources))
+    sources: Mapping[str, Source]
+    categories: Categories
+    name: str = "category"
+
+    def __post_init__(self) -> None:
+        known = (*self.categories.names, self.categories.other)
+        unknown = sorted(set(self.sources) - set(known))
+        if unknown or not self.sources:
+            raise ValueError(
+                f"sources must be keyed by category, got {', '.join(unknown) or 'none'}; "
+                f"known are {', '.join(known)}"
+            )
+
+    @property
+    def max_new_tokens(self) -> int:
+        """As pass 1 gives."""
+        return self.categories.max_new_tokens
+
+    def __call__(self, count: int, split: Split, seed: int) -> list[Problem]:
+        """`count` questions in random order, fewer where the sources have no more."""
+        share = -(-count // len(self.sources))
         drawn = [
-            Problem(categories.prompt(problem.prompt), name, "category")
-            for name, source in sources.items()
+            Problem(self.categories.prompt(problem.prompt), name, self.name)
+            for name, source in self.sources.items()
             for problem in source(share, split, seed)
         ]
         random.Random(f"category/{split}/{seed}").shuffle(drawn)
         return drawn[:count]
 
-    return draw
+    def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[bool]:
+        """Read as pass 1 reads; a reply that names no category is wrong, also where `other` is
+        right.
+        """
+        return [
+            self.categories.named(text) == problem.answer
+            for problem, text in zip(problems, completions, strict=True)
+        ]
 
 
 def train_classifier(
@@ -52,4 +74,4 @@ def train_classifier(
     """Train the classification expert by the same REINFORCE loop, +1 for the right category and
     -1 otherwise.
     """
-    return train(model, tokenizer, category_source(sources, categories), cfg, out, log)
+    return train(model, tokenizer, CategorySource(sources, categories), cfg, out, log)

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2runtime import rewards
 from t2runtime.adapt.cem import CEMResult, cross_entropy_method
 from t2runtime.generation import answer_log_probs, complete, forced
-from t2runtime.tasks import Problem
+from t2runtime.tasks import EXACT, Grader, Problem
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def score_members(
     shots: Sequence[Problem],
     members: Tensor,
     max_new_tokens: int,
-    extract: rewards.Extract = rewards.text,
+    grader: Grader = EXACT,
 ) -> Tensor:
     """(members, 2): accuracy on the shots, then the mean log-likelihood of the right answers
     (breaks ties).
@@ -57,7 +56,7 @@ def score_members(
         texts = complete(model, tokenizer, prompts, max_new_tokens).texts
         given = forced(tokenizer, prompts, answers, model)
         log_probs = answer_log_probs(model, given)
-    right = [rewards.is_correct(t, a, extract) for t, a in zip(texts, answers, strict=True)]
+    right = grader.grade(list(shots) * len(members), texts)
     chosen = log_probs.gather(-1, given.new_ids[..., None])[..., 0] * given.sampled
     likelihood = chosen.sum(1).view(len(members), len(shots)).mean(1)
     accuracy = torch.tensor(right, dtype=torch.float64).view(len(members), len(shots)).mean(1)
@@ -75,7 +74,7 @@ def search(
     population: int = 32,
     elites: int = 6,
     generations: int = 10,
-    extract: rewards.Extract = rewards.text,
+    grader: Grader = EXACT,
     seed: int = 0,
 ) -> FewShot:
     """Search alpha in [0, 1]^K, so that every expert at full weight at once is within reach.
@@ -96,7 +95,7 @@ def search(
     landmarks = torch.cat([torch.zeros(1, size), torch.eye(size), torch.ones(1, size)])
     found = cross_entropy_method(
         lambda members: score_members(
-            model, tokenizer, bank, names, shots, members, max_new_tokens, extract
+            model, tokenizer, bank, names, shots, members, max_new_tokens, grader
         ),
         size,
         population=population,

@@ -46,11 +46,15 @@ class Categories:
         >>> Categories(("math", "code")).read("poetry")
         'other'
         """
+        return self.named(reply) or self.other
+
+    def named(self, reply: str) -> str | None:
+        """The first word of the reply that is a category, None if no word is one."""
         known = {name.lower(): name for name in (*self.names, self.other)}
         for word in re.findall(r"[\w-]+", reply.lower()):
             if word in known:
                 return known[word]
-        return self.other
+        return None
 
 
 #: For the small model: its own way to ask, one name per generated skill.

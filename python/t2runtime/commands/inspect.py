@@ -1,4 +1,4 @@
-"""`t2 inspect FILE`: what an expert file or a factor store holds."""
+"""`t2 inspect FILE ...`: what expert files or a factor store hold, in numbers and as a picture."""
 
 from __future__ import annotations
 
@@ -7,27 +7,51 @@ from pathlib import Path
 from typing import Any
 
 import t2kernels as t2k
+from t2runtime.describe import by_kind, cosines, most_moved, summary
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """A folder is read as a factor store, a file as an expert."""
-    path = Path(args.file)
-    if not path.exists():
-        raise FileNotFoundError(f"no such file or folder: {args.file}")
-    return _store(path) if path.is_dir() else _expert(path)
-
-
-def _expert(path: Path) -> dict[str, Any]:
-    expert = t2k.Expert.load(path)
-    layers = {
-        name: {
-            "rank": z.numel(),
-            "mean": float(z.mean()),
-            "std": float(z.std(unbiased=False)),
-            "min": float(z.min()),
-            "max": float(z.max()),
-            "fingerprint": expert.fingerprints.get(name),
+    """A folder is read as a factor store, a file as an expert; several experts are compared."""
+    paths = [Path(file) for file in args.file]
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"no such file or folder: {path}")
+    folders = [path for path in paths if path.is_dir()]
+    if folders:
+        if len(paths) > 1 or args.plot:
+            raise ValueError(
+                f"{folders[0]} is a folder, a factor store; only experts are compared and drawn"
+            )
+        return _store(folders[0])
+    experts = _named(paths)
+    result = _expert(next(iter(experts.values())))
+    if len(experts) > 1:
+        between = cosines(experts)
+        result = {
+            "kind": "experts",
+            "experts": {name: _expert(expert) for name, expert in experts.items()},
+            "cosines": {name: dict(zip(experts, row)) for name, row in zip(experts, between)},
         }
+    if args.plot:
+        from t2runtime.picture import draw
+
+        draw(experts, Path(args.plot))
+        result["plot"] = args.plot
+    return result
+
+
+def _named(paths: list[Path]) -> dict[str, t2k.Expert]:
+    """The experts under the names of their files, or under their paths where names repeat."""
+    stems = [path.stem for path in paths]
+    named = [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, paths)]
+    if len(set(named)) < len(named):
+        raise ValueError("the same file is given twice")
+    return {name: t2k.Expert.load(path) for name, path in zip(named, paths, strict=True)}
+
+
+def _expert(expert: t2k.Expert) -> dict[str, Any]:
+    layers = {
+        name: {**summary(z), "fingerprint": expert.fingerprints.get(name)}
         for name, z in expert.z.items()
     }
     return {
@@ -36,6 +60,8 @@ def _expert(path: Path) -> dict[str, Any]:
         "description": expert.description,
         "metadata": expert.metadata,
         "values": sum(layer["rank"] for layer in layers.values()),
+        "kinds": by_kind(expert),
+        "most_moved": most_moved(expert),
         "layers": layers,
     }
 
@@ -51,6 +77,14 @@ def _store(path: Path) -> dict[str, Any]:
     }
 
 
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
 def _store_table(layers: dict[str, Any]) -> list[str]:
     """One row per weight; the errors to three digits."""
     rows = [("layer", "shape", "rank", "dtype", "rel. error", "as stored", "fingerprint")]
@@ -60,30 +94,63 @@ def _store_table(layers: dict[str, Any]) -> list[str]:
         shape = "x".join(map(str, layer["shape"]))
         mark = str(layer["fingerprint"])
         rows.append((name, shape, str(layer["rank"]), layer["dtype"], *errors, mark))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    return _table(rows)
+
+
+def _kind_table(kinds: dict[str, Any]) -> list[str]:
+    """One row per kind of layer."""
+    numbers = ("mean", "std", "min", "max", "moved")
+    rows = [("kind", "layers", "values", *numbers, "share of movement")]
+    for kind, f in kinds.items():
+        facts = (f"{f[key]:.4f}" for key in numbers)
+        share = f"{100 * f['share']:.1f} %"
+        rows.append((kind, str(f["layers"]), f"{f['values']:,}", *facts, share))
+    return _table(rows)
 
 
 def show(result: dict[str, Any]) -> str:
-    """A header, then one line per layer."""
-    lines = [f"{result['kind']}, {len(result['layers'])} layers"]
-    if result["kind"] == "expert":
-        lines[0] += f", {result['values']:,} values of z (1 = base)"
-        lines += [f"base model   {result['base_model']}", f"description  {result['description']}"]
-        for key, value in result["metadata"].items():
-            lines.append(f"{key:12s} {value}")
+    """A header, then one line per layer; of several experts one line each and their cosines."""
+    if result["kind"] == "experts":
+        lines = _show_several(result)
+    elif result["kind"] == "expert":
+        lines = _show_expert(result)
     else:
+        lines = [f"{result['kind']}, {len(result['layers'])} layers"]
         lines[0] += "" if result["complete"] else ", UNFINISHED: run the decomposition again"
         lines.append(f"made from    {result['source']}")
-    if result["kind"] != "expert":
-        return "\n".join([*lines, *_store_table(result["layers"])])
+        lines += _store_table(result["layers"])
+    if "plot" in result:
+        lines.append(f"plot in {result['plot']}")
+    return "\n".join(lines)
+
+
+def _show_expert(result: dict[str, Any]) -> list[str]:
+    lines = [
+        f"expert, {len(result['layers'])} layers, {result['values']:,} values of z (1 = base)",
+        f"base model   {result['base_model']}",
+        f"description  {result['description']}",
+    ]
+    for key, value in result["metadata"].items():
+        lines.append(f"{key:12s} {value}")
+    lines += _kind_table(result["kinds"])
+    moved = ", ".join(f"{layer} {value:.4f}" for layer, value in result["most_moved"].items())
+    lines.append(f"moved most   {moved}  (root mean square of z - 1)")
     width = max(map(len, result["layers"]), default=0)
     for name, layer in result["layers"].items():
         facts = "  ".join(
             f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in layer.items()
         )
         lines.append(f"  {name:{width}s}  {facts}")
-    return "\n".join(lines)
+    return lines
+
+
+def _show_several(result: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, expert in result["experts"].items():
+        lines.append(f"{name}: {len(expert['layers'])} layers, {expert['values']:,} values of z")
+        lines += _kind_table(expert["kinds"])
+    lines.append("cosine of the deviations z - 1")
+    rows: list[tuple[str, ...]] = [("", *result["cosines"])]
+    for name, row in result["cosines"].items():
+        rows.append((name, *("-" if v is None else f"{v:.4f}" for v in row.values())))
+    return [*lines, *_table(rows)]

@@ -11,7 +11,6 @@ from typing import Any
 import t2kernels as t2k
 from t2runtime.evaluate import evaluate
 from t2runtime.loading import load
-from t2runtime.rewards import EXTRACTORS
 from t2runtime.sources import source
 from t2runtime.train import Config, Interrupted, train
 
@@ -25,7 +24,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)
     }
     cfg = Config(**given)
-    problems = source(args.task)
+    problems = source(args.task, extract=args.extract)
     # Asked for now, so that a file without such lines is refused before anything is trained.
     problems(1, "train", cfg.seed)
     problems(1, "validation", cfg.seed)
@@ -51,12 +50,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         }  # fmt: skip
     # Before the test, so that nothing which happens there can lose it.
     save(expert)
-    extract = EXTRACTORS[cfg.extract]
-    base = evaluate(model, tokenizer, test, cfg.max_new_tokens, extract=extract)
+    base = evaluate(model, tokenizer, problems, test, cfg.max_new_tokens)
     bank = t2k.ExpertBank(model)
     bank.add("expert", expert)
     with bank.use("expert"):
-        trained = evaluate(model, tokenizer, test, cfg.max_new_tokens, extract=extract)
+        trained = evaluate(model, tokenizer, problems, test, cfg.max_new_tokens)
     save(expert, accuracy=trained.accuracy)
     return {
         **where,

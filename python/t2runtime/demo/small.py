@@ -21,7 +21,7 @@ from t2runtime.engine import Mixture, TwoPass
 from t2runtime.evaluate import Score, evaluate
 from t2runtime.generation import complete
 from t2runtime.loading import load
-from t2runtime.tasks import Problem
+from t2runtime.tasks import EXACT, Generated, Problem
 from t2runtime.train import Config, train
 
 #: The skills that the demo trains experts for. None is for counting: few shots have to find a
@@ -55,7 +55,7 @@ def run(out: Path, seed: int, say: Say) -> dict[str, Any]:
     )
     bank = t2k.ExpertBank(model)
     tests = {name: tasks.problems(name, TEST_PROBLEMS, "test", seed) for name in tasks.CATEGORIES}
-    score = partial(evaluate, model, tokenizer, max_new_tokens=NEW_TOKENS)
+    score = partial(evaluate, model, tokenizer, EXACT, max_new_tokens=NEW_TOKENS)
     base = {name: score(problems=problems) for name, problems in tests.items()}
 
     curves: dict[str, list[float]] = {}
@@ -137,9 +137,9 @@ def _train(model: Any, tokenizer: Any, name: str, seed: int, out: Path, curve: l
     folder = out / "experts" / name
     cfg = dataclasses.replace(_settings(name), seed=seed)
     if name == CLASSIFIER:
-        sources = {skill: partial(tasks.problems, skill) for skill in tasks.CATEGORIES}
+        sources = {skill: Generated(skill) for skill in tasks.CATEGORIES}
         return train_classifier(model, tokenizer, sources, SMALL, cfg, folder, log)
-    return train(model, tokenizer, partial(tasks.problems, name), cfg, folder, log)
+    return train(model, tokenizer, Generated(name), cfg, folder, log)
 
 
 def _gain(base: Score, expert: Score) -> dict[str, Any]:

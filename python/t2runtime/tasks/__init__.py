@@ -6,9 +6,22 @@ from __future__ import annotations
 
 import difflib
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from t2runtime.tasks import addition, category, counting, maximum, ordering, other, reversal
-from t2runtime.tasks.base import SPLITS, Problem, Split, Task, draw_problems, split_of
+from t2runtime.tasks.base import (
+    EXACT,
+    SPLITS,
+    ByAnswer,
+    Grader,
+    Problem,
+    Source,
+    Split,
+    Task,
+    draw_problems,
+    split_of,
+)
 
 SKILLS: dict[str, Task] = {
     module.TASK.name: module.TASK for module in (addition, reversal, maximum, ordering, counting)
@@ -35,12 +48,42 @@ def problems(name: str, count: int, split: Split, seed: int = 0) -> list[Problem
     return known[name].problems(count, split, seed)
 
 
+@dataclass(frozen=True)
+class Generated:
+    """A generated task as a source.
+
+    >>> add = Generated("add")
+    >>> add.grade(add(1, "test", 0), ["no number"])
+    [False]
+    """
+
+    name: str
+    max_new_tokens: int = 8
+    grader: Grader = EXACT
+
+    def __post_init__(self) -> None:
+        problems(self.name, 1, "train")
+
+    def __call__(self, count: int, split: Split, seed: int) -> list[Problem]:
+        """See `problems`."""
+        return problems(self.name, count, split, seed)
+
+    def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[bool]:
+        """One verdict a problem."""
+        return self.grader.grade(problems, completions)
+
+
 __all__ = [
     "CATEGORIES",
+    "EXACT",
     "OTHER",
     "SKILLS",
     "SPLITS",
+    "ByAnswer",
+    "Generated",
+    "Grader",
     "Problem",
+    "Source",
     "Split",
     "Task",
     "category",

@@ -1,14 +1,16 @@
-"""What a generated task is: a question, the right procedure, and two procedures that compete with
-it.
+"""Problems, where they come from and how their answers are graded; and what a generated task is:
+a question, the right procedure, and two procedures that compete with it.
 """
 
 from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
+
+from t2runtime import rewards
 
 Split = Literal["train", "validation", "test"]
 #: So many draws in a row without a new question mean that there is none left.
@@ -19,12 +21,53 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 @dataclass(frozen=True)
 class Problem:
     """One question with its right answer; `category` is the name of the expert that should
-    answer.
+    answer. `tests` are the programs that an answer made of code must pass (code tasks only).
     """
 
     prompt: str
     answer: str
     category: str
+    tests: tuple[str, ...] = ()
+
+
+class Grader(Protocol):
+    """Says which completions are right."""
+
+    def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[bool]:
+        """Completion i answers problem i; as many verdicts, in order."""
+
+
+class Source(Grader, Protocol):
+    """What training and evaluation ask for: problems by split, and their grading."""
+
+    @property
+    def name(self) -> str:
+        """The task."""
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Enough for the answers of this task."""
+
+    def __call__(self, count: int, split: Split, seed: int) -> list[Problem]:
+        """Problems of one split; the same arguments give the same problems."""
+
+
+@dataclass(frozen=True)
+class ByAnswer:
+    """Grades by comparing what `extract` reads from the completion and from the answer."""
+
+    extract: rewards.Extract = rewards.text
+
+    def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[bool]:
+        """One verdict a problem."""
+        return [
+            rewards.is_correct(text, problem.answer, self.extract)
+            for problem, text in zip(problems, completions, strict=True)
+        ]
+
+
+#: The completion, spaces around it aside, is the answer.
+EXACT = ByAnswer()
 
 
 def split_of(data: str) -> Split:

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
-from t2runtime.tasks.base import SPLITS, Problem, Split, split_of
+from t2runtime.tasks.base import EXACT, SPLITS, Grader, Problem, Split, split_of
 
 
 class JsonLines:
@@ -16,8 +17,8 @@ class JsonLines:
     of the prompt.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.name = path.stem
+    def __init__(self, path: Path, grader: Grader = EXACT, max_new_tokens: int = 8) -> None:
+        self.name, self.max_new_tokens, self._grader = path.stem, max_new_tokens, grader
         self._splits: dict[Split, list[Problem]] = {split: [] for split in SPLITS}
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             if line.strip():
@@ -38,6 +39,10 @@ class JsonLines:
                 f'{where}: expected {{"prompt": text, "answer": text}}, got {line[:60]!r}'
             )
         return Problem(row["prompt"], row["answer"], self.name)
+
+    def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[bool]:
+        """One verdict a problem."""
+        return self._grader.grade(problems, completions)
 
     def __call__(self, count: int, split: Split, seed: int) -> list[Problem]:
         """`count` problems; for training drawn anew per seed, else the first distinct ones of the

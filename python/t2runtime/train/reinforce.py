@@ -30,14 +30,12 @@ import torch
 from torch import Tensor
 
 import t2kernels as t2k
-from t2runtime import rewards
 from t2runtime.evaluate import evaluate
 from t2runtime.generation import Completions, answer_log_probs, complete
-from t2runtime.tasks import Problem, Split
+from t2runtime.rewards import reward_of
+from t2runtime.tasks import Source
 from t2runtime.train.config import Config, open_run
 
-#: (count, split, seed) -> problems; the same arguments give the same problems.
-Source = Callable[[int, Split, int], list[Problem]]
 Log = Callable[[dict[str, Any]], None]
 _ROLLOUT = "t2-rollout"
 logger = logging.getLogger(__name__)
@@ -101,27 +99,26 @@ def train(
     parameters = list(t2k.trainable(model))
     bank = t2k.ExpertBank(model)
     optimizer = torch.optim.Adam(parameters, cfg.lr)
-    extract = rewards.EXTRACTORS[cfg.extract]
     held_out = source(cfg.validation_problems, "validation", cfg.seed)
     metrics = open_run(out, cfg)
     _reset(parameters)
     model.eval()
     best, best_key, step = t2k.Expert.from_model(model), (-1.0, 0.0), 0
     try:
-        at_base = evaluate(model, tokenizer, held_out, cfg.max_new_tokens, extract=extract).accuracy
+        at_base = evaluate(model, tokenizer, source, held_out, cfg.max_new_tokens).accuracy
         for step in range(cfg.steps):
             start, seed = time.perf_counter(), cfg.seed * 1_000_003 + step
             torch.manual_seed(seed)
             asked = source(cfg.prompts, "train", seed)
             prompts = [problem.prompt for problem in asked]
-            answers = [problem.answer for problem in asked for _ in range(cfg.samples)]
             with _rollout_weights(model, bank, cfg.rollout):
                 rolled = complete(
                     model, tokenizer, prompts, cfg.max_new_tokens,
                     samples=cfg.samples, temperature=cfg.temperature,
                 )  # fmt: skip
-            pairs = zip(rolled.texts, answers, strict=True)
-            scores = torch.tensor([rewards.reward(text, right, extract) for text, right in pairs])
+            repeated = [problem for problem in asked for _ in range(cfg.samples)]
+            verdicts = source.grade(repeated, rolled.texts)
+            scores = torch.tensor([reward_of(right) for right in verdicts])
             gain = advantages(scores.view(-1, cfg.samples), cfg.baseline).flatten()
             loss, kl = _backward(model, bank, rolled, gain.to(model.device), cfg)
             norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip).item()
@@ -138,7 +135,7 @@ def train(
             if (step + 1) % cfg.validate_every == 0 or step + 1 == cfg.steps:
                 with _rollout_weights(model, bank, cfg.rollout):
                     score = evaluate(
-                        model, tokenizer, held_out, cfg.max_new_tokens, extract=extract
+                        model, tokenizer, source, held_out, cfg.max_new_tokens
                     ).accuracy
                 line |= {"validation": score, "base_validation": at_base}
                 line["better_than_base"] = score > at_base
