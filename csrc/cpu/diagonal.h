@@ -27,8 +27,8 @@ struct DiagonalRows {
     rows.resize(static_cast<std::size_t>(T));
     for (std::int64_t t = 0; t < T; ++t) {
       if (s[t] < -1 || s[t] >= slots) {
-        refuse("slot[" + std::to_string(t) + "] must lie in [-1, " + std::to_string(slots) + "), got " +
-               std::to_string(s[t]) + ". Does d hold a row for this expert?");
+        refuse("slot must lie in [-1, " + std::to_string(slots) + ") for d with " + std::to_string(slots) +
+               " slots (-1 is the base), got " + std::to_string(s[t]) + " for token " + std::to_string(t) + ".");
       }
       if (s[t] >= 0) {
         rows[static_cast<std::size_t>(t)] = pointer<const float>(d) + s[t] * d_stride;

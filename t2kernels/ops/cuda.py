@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .layout import unfit
 from .torch_backend import backward
 
 __all__ = ["MAX_TOKENS", "NAME", "backward", "forward", "unavailable"]
@@ -75,31 +76,13 @@ def unavailable(
         return _missing
     if x.device.type != "cuda":
         return f"x is on {x.device.type}"
-    return _device_reason(_index(x)) or _call_reason(x, U, V, d, base, slot)
+    reason = _device_reason(_index(x)) or unfit(x, U, V, d, base, slot, bias, scale)
+    return reason or _too_many(x.shape[0])
 
 
-def _call_reason(
-    x: Tensor, U: Tensor, V: Tensor, d: Tensor, base: Tensor, slot: Tensor | None
-) -> str | None:
-    """The part of ``unavailable`` that does not depend on the machine."""
-    if x.dtype not in _CODES or x.dtype is torch.int8:
-        return f"x is {x.dtype}; supported are float32, bfloat16 and float16"
-    if U.dtype is not V.dtype or (U.dtype is not x.dtype and U.dtype is not torch.int8):
-        return f"U and V are {U.dtype} and {V.dtype}; expected {x.dtype} like x, or int8"
-    if x.shape[0] > MAX_TOKENS:
-        return f"{x.shape[0]} tokens; these kernels are for at most {MAX_TOKENS}"
-    if x.stride(1) != 1 and x.shape[1] > 1:
-        return "the last dimension of x must be contiguous"
-    if not U.is_contiguous():
-        return "U must be stored as a contiguous (m, r) matrix"
-    if not V.t().is_contiguous():
-        return "V must be stored as a contiguous (r, n) matrix"
-    if d.dtype is not torch.float32 or base.dtype is not torch.float32:
-        return f"d and base are {d.dtype} and {base.dtype}; expected float32"
-    if d.stride(-1) != 1 and d.shape[-1] > 1:
-        return "the last dimension of d must be contiguous"
-    if slot is not None and slot.dtype is not torch.int32:
-        return f"slot is {slot.dtype}; expected int32"
+def _too_many(tokens: int) -> str | None:
+    if tokens > MAX_TOKENS:
+        return f"{tokens} tokens; these kernels are for at most {MAX_TOKENS}"
     return None
 
 

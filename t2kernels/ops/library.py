@@ -49,9 +49,14 @@ def product(
     save_h: bool,
     batch_invariant: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """One call of the chosen backend, without any dispatcher: the direct path ends here."""
+    """One call of the chosen backend, without any dispatcher: the direct path ends here.
+
+    Slots on a CPU are checked here at the latest; on a GPU that would be a sync.
+    """
     V = Vh.t()
     module = dispatch.choose(x, U, V, d, base, slot, bias, scale).module
+    if slot is not None and slot.device.type == "cpu" and module.NAME != "native":
+        check_slot_values(slot, d.shape[0])  # the native kernels look at every slot anyway
     return module.forward(
         x, U, V, d, base, slot, bias, scale, save_h=save_h, batch_invariant=batch_invariant
     )
@@ -60,8 +65,6 @@ def product(
 def _product_kernel(x: Tensor, U: Tensor, Vh: Tensor, d: Tensor, base: Tensor, slot: Tensor | None,
                     bias: Tensor | None, scale: Tensor | None, save_h: bool,
                     batch_invariant: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if slot is not None and slot.device.type == "cpu":
-        check_slot_values(slot, d.shape[0])
     y, h = product(x, U, Vh, d, base, slot, bias, scale, save_h, batch_invariant)
     return y, x.new_empty(0) if h is None else h
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import torch_backend
+from .layout import unfit
 
 try:
     from .. import _native  # type: ignore[attr-defined]
@@ -97,30 +98,7 @@ def unavailable(
         return _MISSING
     if x.device.type != "cpu" or U.device.type != "cpu":
         return f"x is on {x.device}, the native backend runs on the cpu"
-    dtype = x.dtype
-    if dtype not in _CODES or dtype == torch.int8:
-        return f"x has dtype {dtype}, the native backend knows float32, bfloat16 and float16"
-    if U.dtype != V.dtype or (U.dtype != dtype and U.dtype != torch.int8):
-        return f"U and V have dtypes {U.dtype} and {V.dtype}, expected {dtype} or both int8"
-    if d.dtype != torch.float32 or base.dtype != torch.float32:
-        return f"d and base have dtypes {d.dtype} and {base.dtype}, expected float32"
-    if not V.t().is_contiguous():
-        return "V must be stored as a contiguous (r, n) matrix"
-    if not U.is_contiguous():
-        return "U must be a contiguous (m, r) matrix"
-    if x.stride(1) != 1 and x.shape[1] != 1:
-        return "the last dimension of x must be contiguous"
-    if d.stride(-1) != 1 and d.shape[-1] != 1:
-        return "the last dimension of d must be contiguous"
-    if not base.is_contiguous():
-        return "base must be contiguous"
-    if slot is not None and (slot.dtype != torch.int32 or not slot.is_contiguous()):
-        return "slot must be a contiguous int32 vector"
-    if bias is not None and (bias.dtype != dtype or not bias.is_contiguous()):
-        return f"bias must be a contiguous vector of {dtype}"
-    if scale is not None and (scale.dtype != torch.float32 or not scale.is_contiguous()):
-        return "scale must be a contiguous float32 vector"
-    return None
+    return unfit(x, U, V, d, base, slot, bias, scale)
 
 
 def forward(

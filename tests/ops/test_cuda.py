@@ -9,6 +9,7 @@ import torch
 
 from t2kernels import testing
 from t2kernels.ops import cuda, torch_backend
+from t2kernels.ops.layout import unfit
 from t2kernels.testing import Inputs
 
 GOOD = testing.make_inputs(4, 32, 24, 16, slots=3)
@@ -16,7 +17,6 @@ GOOD = testing.make_inputs(4, 32, 24, 16, slots=3)
 UNFIT = {
     "float64": testing.make_inputs(1, 8, 8, 8, dtype=torch.float64),
     "float16 like x": replace(GOOD, x=GOOD.x.half()),
-    "129 tokens": testing.make_inputs(129, 8, 8, 8),
     "last dimension of x": replace(GOOD, x=GOOD.x.t().contiguous().t()),
     r"contiguous \(m, r\)": replace(GOOD, U=GOOD.U.t().contiguous().t()),
     r"contiguous \(r, n\)": replace(GOOD, V=GOOD.V.contiguous()),
@@ -27,16 +27,18 @@ UNFIT = {
 
 
 def test_fit() -> None:
-    assert cuda._call_reason(*GOOD.args()[:6]) is None
-    assert cuda._call_reason(*testing.make_inputs(128, 8, 8, 8, int8=True).args()[:6]) is None
+    assert unfit(*GOOD.args()) is None
+    assert unfit(*testing.make_inputs(128, 8, 8, 8, int8=True).args()) is None
     wide = torch.zeros(4, 64)[:, :32]
-    assert cuda._call_reason(*replace(GOOD, x=wide).args()[:6]) is None
+    assert unfit(*replace(GOOD, x=wide).args()) is None
+    assert cuda._too_many(128) is None
+    assert "129 tokens" in str(cuda._too_many(129))
 
 
 @pytest.mark.parametrize("words", UNFIT)
 def test_unfit(words: str) -> None:
     with pytest.raises(RuntimeError, match=words):
-        raise RuntimeError(cuda._call_reason(*UNFIT[words].args()[:6]))
+        raise RuntimeError(unfit(*UNFIT[words].args()))
 
 
 def answer(inputs: Inputs) -> str | None:

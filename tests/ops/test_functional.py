@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import t2kernels as t2k
-from t2kernels.ops import dispatch, reference
+from t2kernels.ops import dispatch, functional, reference
 from t2kernels.testing import (
     AWKWARD_SIZES,
     assert_accurate,
@@ -228,6 +228,35 @@ def test_bad_input_is_named(change, error, message):
     arguments = {"x": GOOD.x, "f": factors_of(GOOD), "d": GOOD.d, "slot": None, "bias": None}
     with pytest.raises(error, match=message):
         t2k.svf_linear(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda f: f.S.neg_(),
+        lambda f: f.S.fill_(float("nan")),
+        lambda f: setattr(f.U, "data", f.U[:, :4].clone()),
+        lambda f: setattr(f.V, "data", f.V.t()[:, :4].contiguous().t()),
+    ],
+    ids=["negative", "nan", "U", "V"],
+)
+def test_factors_that_change_after_a_call_are_checked_again(spoil):
+    f = t2k.SVDFactors(*(t.clone() for t in t2k.decompose(torch.randn(9, 8))))
+    f = f._replace(V=f.V.t().contiguous().t())
+    x = torch.randn(3, 8)
+    t2k.svf_linear(x, f, f.S.clone())
+    spoil(f)
+    with pytest.raises(ValueError, match="S must hold finite|factors must be|x must have"):
+        t2k.svf_linear(x, f, torch.ones(8))
+
+
+def test_nothing_keeps_factors_alive():
+    f = t2k.decompose(torch.randn(9, 8))
+    before = len(functional._known)
+    t2k.svf_linear(torch.randn(3, 8), f, f.S)
+    assert len(functional._known) == before + 1
+    del f
+    assert len(functional._known) == before
 
 
 def test_factors_that_want_gradients_are_refused():

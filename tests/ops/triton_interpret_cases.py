@@ -370,12 +370,12 @@ class TestContract:
         i = make_inputs(3, 4, 5, 4, slots=2)
         cases = {
             "torch.int64": replace(i, x=i.x.long()),
-            "U is": replace(i, U=i.U.half()),
-            "V is": replace(i, V=i.V.half()),
+            "U and V are": replace(i, U=i.U.half()),
+            "expected torch.float32 like x": replace(i, V=i.V.half()),
             "contiguous (m, r)": replace(i, U=i.U.t().contiguous().t()),
             "contiguous (r, n)": replace(i, V=i.V.contiguous()),
-            "axis of x": replace(i, x=i.x.t().contiguous().t()),
-            "axis of d": replace(i, d=i.d.t().contiguous().t()),
+            "dimension of x": replace(i, x=i.x.t().contiguous().t()),
+            "dimension of d": replace(i, d=i.d.t().contiguous().t()),
         }
         for words, changed in cases.items():
             assert words in (backend.unavailable(*changed.args()) or ""), words

@@ -14,13 +14,11 @@ import os
 import torch
 from torch import Tensor
 
+from ..layout import FLOATS, unfit
+
 NAME = "triton"
 
-_FACTOR_TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-}
+_INTERPRETED = (*FLOATS, torch.float64)
 
 
 @functools.cache
@@ -66,21 +64,8 @@ def unavailable(
         reason = _old_gpu(x.device.index)
         if reason is not None:
             return reason
-    if x.dtype not in _FACTOR_TYPES and not (x.dtype is torch.float64 and _interpreting()):
-        return f"x is {x.dtype}; fp32, bf16 or fp16 is needed"
-    if U.dtype is not x.dtype and not (U.dtype is torch.int8 and scale is not None):
-        return f"U is {U.dtype} where x is {x.dtype}"
-    if V.dtype is not U.dtype:
-        return f"V is {V.dtype} where U is {U.dtype}"
-    if not U.is_contiguous():
-        return "U must be a contiguous (m, r) matrix"
-    if not V.t().is_contiguous():
-        return "V must be stored as a contiguous (r, n) matrix"
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        return "the last axis of x must be contiguous"
-    if d.stride(-1) != 1 and d.shape[-1] > 1:
-        return "the last axis of d must be contiguous"
-    return None
+    # fp64 has no tile on a GPU; the interpreter takes it, for exact tests of the gradients.
+    return unfit(x, U, V, d, base, slot, bias, scale, _INTERPRETED if _interpreting() else FLOATS)
 
 
 def forward(

@@ -1,0 +1,49 @@
+"""What the kernels of every compiled backend ask of their arguments: dtypes and memory layout."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unfit(
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    floats: Container[torch.dtype] = FLOATS,
+) -> str | None:
+    """Why no kernel can run this call, or None. Metadata only: no sync, a few microseconds."""
+    dtype = x.dtype
+    if dtype not in floats:
+        return f"x is {dtype}; float32, bfloat16 or float16 is needed"
+    if U.dtype is not V.dtype or (U.dtype is not dtype and U.dtype is not torch.int8):
+        return f"U and V are {U.dtype} and {V.dtype}; expected {dtype} like x, or int8"
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    if d.dtype is not wide or base.dtype is not wide:
+        return f"d and base are {d.dtype} and {base.dtype}; expected {wide}"
+    if not U.is_contiguous():
+        return "U must be a contiguous (m, r) matrix"
+    if not V.t().is_contiguous():
+        return "V must be stored as a contiguous (r, n) matrix"
+    if x.stride(1) != 1 and x.shape[1] != 1:
+        return "the last dimension of x must be contiguous"
+    if d.stride(-1) != 1 and d.shape[-1] != 1:
+        return "the last dimension of d must be contiguous"
+    if not base.is_contiguous():
+        return "base must be contiguous"
+    if slot is not None and (slot.dtype is not torch.int32 or not slot.is_contiguous()):
+        return f"slot is {slot.dtype}; expected a contiguous int32 vector"
+    if bias is not None and (bias.dtype is not dtype or not bias.is_contiguous()):
+        return f"bias is {bias.dtype}; expected a contiguous vector of {dtype}"
+    if scale is not None and (scale.dtype is not torch.float32 or not scale.is_contiguous()):
+        return f"scale is {scale.dtype}; expected a contiguous float32 vector"
+    return None
