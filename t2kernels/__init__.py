@@ -9,6 +9,7 @@ from .bank import ExpertBank as ExpertBank
 from .convert import ConversionReport as ConversionReport
 from .convert import convert as convert
 from .convert import revert as revert
+from .convert import select as select
 from .convert import svf_layers as svf_layers
 from .convert import trainable as trainable
 from .diagonal import effective_diagonal as effective_diagonal

@@ -108,8 +108,6 @@ def _reason_to_skip(
         return "output head"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, quantised bases need the delta form on their own"
-    if weight.is_meta:
-        return "its weight is on the meta device; load the checkpoint first"
     if weight.numel() == 0:
         return f"its weight is empty, shape {tuple(weight.shape)}"
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
@@ -133,6 +131,54 @@ def _report_tensors(model: nn.Module, report: ConversionReport) -> None:
                 f"expert tensor {tuple(parameter.shape)}: a stack of matrices inside one "
                 "parameter, not a layer; not converted by this version"
             )
+
+
+def select(
+    model: nn.Module,
+    targets: str | Iterable[str] = "all-linear",
+    *,
+    exclude: str | Iterable[str] | None = None,
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """({name: layer that ``convert`` would replace}, {name: why it would be left alone}).
+
+    Changes nothing, reads no values: works on a model without weights (meta device) too.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+    >>> chosen, skipped = select(model, ["0"])
+    >>> list(chosen), skipped
+    (['0'], {'1': 'not among the targets'})
+    """
+    linears = {n: m for n, m in model.named_modules() if n and _is_linear(m)}
+    if not linears:
+        raise ValueError(
+            f"model ({type(model).__name__}) holds no nn.Linear or Conv1D layers. For a "
+            "single layer use SVFLinear.from_linear(layer)."
+        )
+    targets = targets if isinstance(targets, str) else list(targets)
+    exclude = exclude if exclude is None or isinstance(exclude, str) else list(exclude)
+    check_targets(linears, targets)
+    if exclude is not None:
+        check_targets(linears, exclude)
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    head = _output_head(model)
+    skipped: dict[str, str] = {}
+    chosen: dict[str, nn.Module] = {}
+    for name, module in linears.items():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        reason = _reason_to_skip(name, module, parent, head, owners)
+        if not match(name, targets, exclude):
+            kind = classify(name)
+            other = f"a {kind} by its name" if kind in ("head", "router") else None
+            skipped[name] = reason or other or "not among the targets"
+            continue
+        if reason is None:
+            chosen[name] = module
+        else:
+            skipped[name] = reason
+    return chosen, skipped
 
 
 @torch.inference_mode(mode=False)  # inference tensors could never be trained on
@@ -198,35 +244,11 @@ def convert(
         raise ValueError(
             "keep_weight=False needs the full rank: U_k·Σ_k·V_kᵀ is not W. Drop one of the two."
         )
-    linears = {n: m for n, m in model.named_modules() if n and _is_linear(m)}
-    if not linears:
-        raise ValueError(
-            f"convert: model ({type(model).__name__}) holds no nn.Linear or Conv1D layers. For a "
-            "single layer use SVFLinear.from_linear(layer)."
-        )
-    targets = targets if isinstance(targets, str) else list(targets)
-    exclude = exclude if exclude is None or isinstance(exclude, str) else list(exclude)
-    check_targets(linears, targets)
-    if exclude is not None:
-        check_targets(linears, exclude)
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    head = _output_head(model)
-    report = ConversionReport()
-    chosen: dict[str, nn.Module] = {}
-    for name, module in linears.items():
-        parent = model.get_submodule(name.rpartition(".")[0])
-        reason = _reason_to_skip(name, module, parent, head, owners)
-        if not match(name, targets, exclude):
-            kind = classify(name)
-            other = f"a {kind} by its name" if kind in ("head", "router") else None
-            report.skipped[name] = reason or other or "not among the targets"
-            continue
-        if reason is None:
-            chosen[name] = module
-        else:
-            report.skipped[name] = reason
+    chosen, skipped = select(model, targets, exclude=exclude)
+    report = ConversionReport(skipped=skipped)
+    for name in [name for name, module in chosen.items() if weight_of(module).is_meta]:
+        del chosen[name]
+        report.skipped[name] = "its weight is on the meta device; load the checkpoint first"
     if not chosen:
         raise ValueError(
             "convert: no layer that the targets name can be converted:"
