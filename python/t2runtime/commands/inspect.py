@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def _store(path: Path) -> dict[str, Any]:
     }
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
@@ -100,7 +101,7 @@ def _store_table(layers: dict[str, Any]) -> list[str]:
 def _kind_table(kinds: dict[str, Any]) -> list[str]:
     """One row per kind of layer."""
     numbers = ("mean", "std", "min", "max", "moved")
-    rows = [("kind", "layers", "values", *numbers, "share of movement")]
+    rows: list[tuple[str, ...]] = [("kind", "layers", "values", *numbers, "share of movement")]
     for kind, f in kinds.items():
         facts = (f"{f[key]:.4f}" for key in numbers)
         share = f"{100 * f['share']:.1f} %"
