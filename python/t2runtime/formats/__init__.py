@@ -1,0 +1,1 @@
+"""Into and out of other formats: the authors' files, plain checkpoints, LoRA adapters."""
