@@ -1,0 +1,72 @@
+"""`t2 plan MODEL`: what training an expert will need, from config.json alone."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from t2runtime.commands.train import targets
+from t2runtime.plan import Settings, plan
+from t2runtime.skeleton import local_folder
+
+_GIB = 2**30
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Plan one step of --rows rows, --batch of them at a time; time only by the rate given."""
+    rows = args.batch if args.rows is None else args.rows
+    if rows < args.batch:
+        raise ValueError(f"--rows of a step must be at least --batch {args.batch}, got {rows}")
+    if args.tflops is not None and not args.tflops > 0:
+        raise ValueError(f"--tflops must be a positive number, got {args.tflops}")
+    settings = Settings(
+        targets(args.targets), args.rank, args.dtype, args.batch, args.tokens, args.answer_tokens,
+        args.method,
+    )  # fmt: skip
+    result = plan(local_folder(args.model), settings)
+    # One pass is of --batch rows; a step has as many passes as its rows need.
+    flops = {name: value * rows // args.batch for name, value in result["flops"].items()}
+    result["flops"] = flops
+    result["seconds"] = None
+    if args.tflops is not None:
+        result["seconds"] = {k: v / (args.tflops * 1e12) for k, v in flops.items()}
+    facts = {
+        "model": args.model, "targets": args.targets, "rank": args.rank, "dtype": args.dtype,
+        "method": args.method, "batch": args.batch, "rows": rows, "tokens": args.tokens,
+        "answer_tokens": settings.new, "tflops": args.tflops,
+    }  # fmt: skip
+    return {**facts, **result}
+
+
+def show(result: dict[str, Any]) -> str:
+    """Memory, then arithmetic."""
+    of = result["bytes"]
+    lines = [
+        f"{result['model']}: {result['parameters']:,} parameters; {result['layers']} matrices "
+        f"adapted, {result['values']:,} values of z",
+        f"{result['method']}, {result['batch']} rows of {result['tokens']} tokens at once, "
+        f"{result['answer_tokens']} of them the answer",
+        "memory, GiB",
+        *(_row(name, of[name]) for name in ("weights", "factors", "z and optimiser")),
+        *(_row(f"activations, {how}", size) for how, size in of["activations"].items()),
+        *(_row(f"rollout, {name}", size) for name, size in of["rollout"].items()),
+        "peak of each phase, GiB (without fragmentation and what CUDA itself takes)",
+        *(_row(name, size) for name, size in result["peak"].items()),
+        f"arithmetic of a step of {result['rows']} rows, TFLOP",
+    ]
+    seconds = result["seconds"]
+    for name, flops in result["flops"].items():
+        time = "" if seconds is None else f"   {seconds[name]:10.3f} s"
+        lines.append(f"  {name:28s}{flops / 1e12:10.3f}{time}")
+    if seconds is None:
+        lines.append("time: not measured; give --tflops, a rate that you have measured")
+    else:
+        lines.append(
+            f"time at {result['tflops']:g} TFLOP/s, the rate you gave; a rollout decodes token by "
+            "token, is bound by memory and takes longer"
+        )
+    return "\n".join(lines)
+
+
+def _row(name: str, size: int) -> str:
+    return f"  {name:28s}{size / _GIB:10.3f}"

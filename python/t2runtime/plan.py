@@ -1,0 +1,259 @@
+"""What training an expert will need, from config.json alone: the step is run without weights.
+
+The model is built on the meta device and its matrices are replaced as ``convert`` does. Then one
+gradient step, a merge and a cache are run there: torch makes every tensor of them but allocates
+nothing, and what it would have allocated is counted. So the numbers follow the code of any
+architecture; they are those of a fused attention kernel, without the allocator's fragmentation
+and what the CUDA context and libraries take (half a GiB or so).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import t2kernels as t2k
+from t2runtime.meter import Meter
+from t2runtime.skeleton import skeleton
+
+METHODS = ("reinforce", "ntp")
+#: How a gradient step may hold its activations.
+KEEP = ("keep", "recompute", "checkpointing")
+_ATTENTION = "t2_plan_fused"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is planned. rows: of a gradient pass and of a rollout, at once; tokens: of a row, prompt
+    and answer; answer: tokens of these that are generated (None: half).
+    """
+
+    targets: str | list[str] = "all-linear"
+    rank: int | None = None
+    dtype: str = "auto"
+    rows: int = 8
+    tokens: int = 512
+    answer: int | None = None
+    method: str = "reinforce"
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        if self.answer is not None and not 1 <= self.answer < self.tokens:
+            raise ValueError(
+                f"the answer must have 1 to {self.tokens - 1} of {self.tokens} tokens, got "
+                f"{self.answer}"
+            )
+        if self.tokens < 2:
+            raise ValueError("tokens must be at least 2: one of prompt, one of answer")
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+
+    @property
+    def new(self) -> int:
+        """Tokens of a row that are trained on."""
+        return self.tokens // 2 if self.answer is None else self.answer
+
+
+def plan(folder: Path, settings: Settings) -> dict[str, Any]:
+    """Bytes and FLOPs of one step for the model whose config.json is in ``folder``.
+
+    Raises ValueError for targets that match nothing, RuntimeError where the model cannot be run
+    without weights (blocks that route tokens by their values).
+    """
+    _register_attention()
+    model = skeleton(folder, settings.dtype, _ATTENTION)
+    kv, dense = _dense_pass(model, settings)
+    layers, skipped = install(model, settings.targets, settings.rank)
+    steps = {how: gradient_step(model, settings, how) for how in KEEP}
+    ranks = sum(layer.rank for layer in layers.values())
+    fixed = {
+        "weights": _bytes([*model.parameters(), *model.buffers()]) - 4 * ranks,
+        "factors": sum(_bytes(layer.factors) for layer in layers.values()),
+        # z, its gradient and the two moments of Adam, all fp32
+        "z and optimiser": 16 * ranks,
+    }
+    activations = {how: step["bytes"] for how, step in steps.items()}
+    sampling = settings.method == "reinforce"
+    rollout = {"merged weights": _merge_bytes(layers), "cache": kv} if sampling else {}
+    always = sum(fixed.values())
+    flops = {
+        "rollout": dense if sampling else 0,
+        "reference": dense if sampling else 0,
+        "gradient": steps["keep"]["flops"],
+        "gradient, recompute": steps["recompute"]["flops"],
+        "gradient, checkpointing": steps["checkpointing"]["flops"],
+    }
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()) - ranks,
+        "layers": len(layers),
+        "values": ranks,
+        "skipped": skipped,
+        "bytes": {**fixed, "activations": activations, "rollout": rollout},
+        "peak": {
+            **{f"gradient, {how}": always + b for how, b in activations.items()},
+            **({"rollout": always + sum(rollout.values())} if sampling else {}),
+        },
+        "flops": flops,
+    }
+
+
+def install(
+    model: nn.Module, targets: str | Iterable[str], rank: int | None
+) -> tuple[dict[str, t2k.SVFLinear], dict[str, str]]:
+    """Replace the layers that ``convert`` would, by layers with factors on the meta device."""
+    chosen, skipped = t2k.select(model, targets)
+    if not chosen:
+        raise ValueError(
+            "no layer that the targets name can be converted:"
+            + "".join(f"\n  {n}: {r}" for n, r in list(skipped.items())[:20])
+        )
+    layers: dict[str, t2k.SVFLinear] = {}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name, module in chosen.items():
+        weight = module.weight
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{name} has no weight tensor")
+        transposed = not isinstance(module, nn.Linear)
+        m, n = reversed(weight.shape) if transposed else weight.shape
+        r = min(m, n) if rank is None else min(m, n, rank)
+        factors = t2k.SVDFactors(
+            torch.empty(m, r, dtype=weight.dtype, device="meta"),
+            torch.empty(r, device="meta"),
+            torch.empty(r, n, dtype=weight.dtype, device="meta").t(),
+        )
+        bias = module.bias if isinstance(module.bias, Tensor) else None
+        layers[name] = t2k.SVFLinear(weight, bias, factors, transposed=transposed)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layers[name])
+    return layers, skipped
+
+
+def gradient_step(model: Any, settings: Settings, how: str) -> dict[str, int]:
+    """{"bytes", "flops"} of forward, loss and backward to z; ``how`` is one of ``KEEP``.
+
+    Bytes are the peak beyond weights, factors and z, whose gradients are counted elsewhere.
+    """
+    layers = [m for m in model.modules() if isinstance(m, t2k.SVFLinear)]
+    for layer in layers:
+        layer.recompute = how == "recompute"
+        layer.z.grad = None
+    checkpointing = how == "checkpointing"
+    if checkpointing:
+        _checkpoint(model, True)
+    known = [*model.parameters(), *model.buffers(), *(t for m in layers for t in m.factors)]
+    try:
+        with Meter(known) as meter:
+            _loss(model, settings).backward()
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise RuntimeError(
+            f"{type(model).__name__} cannot be run without weights: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+    finally:
+        if checkpointing:
+            _checkpoint(model, False)
+    return {"bytes": meter.peak - _bytes(m.z for m in layers), "flops": meter.flops}
+
+
+def _checkpoint(model: Any, on: bool) -> None:
+    """Layers that are computed again in backward, as transformers does it, on or off."""
+    model.train(on)
+    # The names of transformers 5.20 and later, and those before.
+    if hasattr(model, "activation_checkpointing_enable"):
+        enable, disable = (
+            model.activation_checkpointing_enable,
+            model.activation_checkpointing_disable,
+        )
+    else:
+        enable, disable = model.gradient_checkpointing_enable, model.gradient_checkpointing_disable
+    if on:
+        enable({"use_reentrant": False, "preserve_rng_state": False})
+    else:
+        disable()
+
+
+def _loss(model: Any, settings: Settings) -> Tensor:
+    """The loss of the method on rows of nothing: the shapes are what counts."""
+    new = settings.new
+    ids = torch.zeros(settings.rows, settings.tokens, dtype=torch.long, device="meta")
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=new + 1).logits
+    log_probs = torch.log_softmax(logits[:, -(new + 1) : -1].float(), dim=-1)
+    chosen = log_probs.gather(-1, ids[:, -new:, None])[..., 0]
+    if settings.method == "ntp":
+        return -chosen.sum()
+    # KL(π' ‖ π) summed over the vocabulary, beside log π of the base at each position.
+    reference = torch.empty_like(log_probs, requires_grad=False)
+    divergence = (log_probs.exp() * (log_probs - reference)).sum(-1)
+    return (divergence - chosen).sum()
+
+
+@torch.no_grad()
+def _dense_pass(model: Any, settings: Settings) -> tuple[int, int]:
+    """(bytes of the key/value cache of all rows, FLOPs of one pass) of the model as it is.
+
+    Generation with a cache does the products of one pass over all tokens, a token at a time.
+    """
+    ids = torch.zeros(settings.rows, settings.tokens, dtype=torch.long, device="meta")
+    try:
+        with Meter() as meter:
+            out = model(input_ids=ids, use_cache=True, logits_to_keep=settings.new)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise RuntimeError(
+            f"{type(model).__name__} cannot be run without weights: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+    cache = getattr(out.past_key_values, "layers", ())
+    held = [t for layer in cache for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
+    return _bytes(held), meter.flops
+
+
+@torch.no_grad()
+def _merge_bytes(layers: dict[str, t2k.SVFLinear]) -> int:
+    """What merging allocates at its peak: a copy of every base weight, and one layer's buffers."""
+    known = [t for m in layers.values() for t in (m.weight, m.z, *m.factors) if t is not None]
+    with Meter(known) as meter:
+        for layer in layers.values():
+            layer.merge_diagonal(layer.factors.S)
+    for layer in layers.values():
+        layer.unmerge()
+    return meter.peak
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    """Of distinct storages; anything else than a tensor counts nothing."""
+    sizes = {
+        t.untyped_storage()._cdata: t.numel() * t.element_size()
+        for t in tensors
+        if isinstance(t, Tensor)
+    }
+    return sum(sizes.values())
+
+
+def _register_attention() -> None:
+    """Teach transformers an attention with the footprint of a fused kernel, masks left out."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_ATTENTION, _fused_attention)
+
+
+def _fused_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
+    scaling: float | None = None, **rest: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, True, scale=scaling
+    )[0]
+    return out.transpose(1, 2).contiguous(), None

@@ -1,0 +1,232 @@
+"""`t2 plan`: what it says without weights against what a converted model has and takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import t2kernels as t2k
+from t2runtime import plan as planning
+from t2runtime.cli import main
+from t2runtime.meter import Meter
+from t2runtime.plan import KEEP, Settings, plan
+from t2runtime.skeleton import skeleton
+
+transformers = pytest.importorskip("transformers")
+
+_LLAMA_1B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048,
+    "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16", "max_position_embeddings": 131072, "rope_theta": 500000.0,
+    "bos_token_id": 128000, "eos_token_id": 128001,
+}  # fmt: skip
+_QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128,
+    "num_key_value_heads": 8, "vocab_size": 151936, "torch_dtype": "bfloat16",
+}  # fmt: skip
+_QWEN3_06B = _QWEN3 | {
+    "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+    "num_attention_heads": 16, "tie_word_embeddings": True,
+}  # fmt: skip
+_QWEN3_8B = _QWEN3 | {
+    "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+    "num_attention_heads": 32, "tie_word_embeddings": False,
+}  # fmt: skip
+_GEMMA3_1B = {
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_size": 1152,
+    "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4,
+    "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144, "sliding_window": 512,
+    "torch_dtype": "bfloat16", "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def written(folder: Path, config: dict[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def tiny(family: str) -> Any:
+    size: dict[str, Any] = {
+        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    name = {"llama": "Llama", "qwen3": "Qwen3", "gemma3": "Gemma3"}[family]
+    config = getattr(transformers, f"{name}{'Text' if family == 'gemma3' else ''}Config")(**size)
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+@pytest.mark.parametrize("rank", [None, 7])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_weights_and_factors_are_those_of_the_converted_model(
+    tmp_path: Path, family: str, rank: int | None
+) -> None:
+    model = tiny(family)
+    model.save_pretrained(tmp_path)
+    before = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    report = t2k.convert(model, targets="mlp", rank=rank, progress=False)
+    factors = sum(
+        t.numel() * t.element_size() for m in t2k.svf_layers(model).values() for t in m.factors
+    )
+    found = plan(tmp_path, Settings(targets="mlp", rank=rank, rows=2, tokens=8))
+    assert found["bytes"]["weights"] == before
+    assert found["bytes"]["factors"] == factors
+    assert found["bytes"]["z and optimiser"] == 16 * report.trainable
+    assert found["values"] == report.trainable and found["layers"] == len(report.converted)
+    assert found["skipped"] == report.skipped
+
+
+def peak_of(run: Any) -> int:
+    """Bytes that a call holds at its peak, beyond what there was, by torch's profiler."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    held = peak = 0
+    events = record.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU:
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("how", KEEP)
+def test_activations_are_near_those_of_a_real_step(tmp_path: Path, how: str) -> None:
+    """Within a factor of 1.3, against torch's own record of allocations on the CPU."""
+    model = tiny("llama").eval()
+    model.save_pretrained(tmp_path)
+    t2k.convert(model, recompute=how == "recompute", progress=False)
+    parameters = t2k.trainable(model)
+    settings = Settings(rows=4, tokens=64)
+    if how == "checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+
+    def step() -> None:
+        ids = torch.randint(3, 90, (4, 64))
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=33).logits
+        log_probs = torch.log_softmax(logits[:, -33:-1].float(), dim=-1)
+        reference = torch.zeros_like(log_probs, requires_grad=False)
+        chosen = log_probs.gather(-1, ids[:, -32:, None])
+        divergence = (log_probs.exp() * (log_probs - reference)).sum(-1)
+        (divergence.sum() - chosen.sum()).backward()
+        for parameter in parameters:
+            parameter.grad = None
+
+    real = peak_of(step)
+    said = plan(tmp_path, settings)["bytes"]["activations"][how]
+    assert real / 1.3 <= said <= 1.3 * real, (said, real)
+
+
+def test_ways_to_hold_activations_order_as_they_must(tmp_path: Path) -> None:
+    folder = written(tmp_path, _LLAMA_1B | {"num_hidden_layers": 4})
+    found = plan(folder, Settings(rows=2, tokens=256))
+    sizes, flops = found["bytes"]["activations"], found["flops"]
+    assert sizes["keep"] > sizes["recompute"] > sizes["checkpointing"]
+    assert flops["gradient"] < flops["gradient, recompute"] < flops["gradient, checkpointing"]
+    ntp = plan(folder, Settings(rows=2, tokens=256, method="ntp"))
+    assert ntp["flops"]["rollout"] == 0 and "rollout" not in ntp["peak"]
+    assert ntp["bytes"]["activations"]["keep"] < sizes["keep"]
+
+
+def test_arithmetic_by_hand(tmp_path: Path) -> None:
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    rows, tokens = 2, 16
+    found = plan(tmp_path, Settings(targets="mlp", rows=rows, tokens=tokens, answer=8))
+    T, c, h = rows * tokens, model.config, 64
+    head = 2 * rows * 9 * h * c.vocab_size
+    attention = c.num_hidden_layers * 4 * rows * 4 * tokens * tokens * 16
+    qkvo = c.num_hidden_layers * 2 * T * h * (64 + 32 + 32 + 64)
+    mlp = c.num_hidden_layers * 2 * T * 3 * h * 160
+    dense = qkvo + mlp + attention + head * 8 // 9
+    assert found["flops"]["rollout"] == found["flops"]["reference"] == dense
+    svf = c.num_hidden_layers * 2 * T * 64 * 3 * (h + 160)
+    forward = qkvo + svf + attention + head
+    # The first layer's attention is before every z: nothing flows back through it.
+    backward = svf + head + (qkvo * 2 + attention * 5) // 3
+    gradient = found["flops"]["gradient"]
+    assert abs(gradient - forward - backward) <= 0.02 * gradient
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "values"),
+    [
+        (_LLAMA_1B, 1_235_814_400, 16 * (3 * 2048 + 2 * 2048 + 2 * 512)),
+        (_QWEN3_06B, 596_049_920, 28 * (3 * 1024 + 4 * 1024)),
+        (_QWEN3_8B, 8_190_735_360, 36 * (3 * 4096 + 2 * 4096 + 2 * 1024)),
+        (_GEMMA3_1B, 999_885_952, 26 * (3 * 1152 + 2 * 1024 + 2 * 256)),
+    ],
+    ids=["llama-3.2-1b", "qwen3-0.6b", "qwen3-8b", "gemma3-1b"],
+)
+def test_real_sizes_from_a_config(
+    tmp_path: Path, config: dict[str, Any], parameters: int, values: int
+) -> None:
+    """Published parameter counts; a few rows, so that the test is quick."""
+    found = plan(written(tmp_path, config), Settings(rows=1, tokens=64))
+    assert found["parameters"] == parameters and found["values"] == values
+    of = found["bytes"]
+    assert 2 * parameters <= of["weights"] < 2.01 * parameters
+    layers = config["num_hidden_layers"]
+    if config["model_type"] != "gemma3_text":
+        heads = config["num_key_value_heads"] * config["head_dim"]
+        assert of["rollout"]["cache"] == 2 * layers * 64 * heads * 2
+    assert found["peak"]["gradient, checkpointing"] < found["peak"]["gradient, keep"]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "small", "--targets", "mlp", "--batch", "4", "--tokens", "16", "--rows", "8"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["seconds"] is None and found["parameters"] == 858_752
+    assert main([*words, "--tflops", "0.05"]) == 0
+    assert "the rate you gave" in capsys.readouterr().out
+    assert main(words) == 0
+    assert "not measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("./nowhere",), "local folder"),
+        (("small", "--tokens", "1"), "at least 2"),
+        (("small", "--batch", "0"), "rows must be"),
+        (("small", "--answer-tokens", "512"), "1 to 511"),
+        (("small", "--tflops", "0"), "--tflops"),
+        (("small", "--rank", "0"), "rank must be"),
+        (("small", "--rows", "2"), "at least --batch"),
+        (("small", "--targets", "nothing_proj"), "matches none"),
+        (("small", "--dtype", "int4"), "dtype must be"),
+    ],
+)
+def test_mistakes_are_one_line(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
+) -> None:
+    assert main(["plan", *words]) == 2
+    err = capsys.readouterr().err
+    assert said in err and len(err.splitlines()) == 1
+
+
+def test_a_model_that_needs_values_says_so(tmp_path: Path, monkeypatch: Any) -> None:
+    folder = written(tmp_path, _LLAMA_1B | {"num_hidden_layers": 1})
+    model = skeleton(folder, "auto")
+    model.forward = lambda **more: torch.ones(2, device="meta").nonzero()  # values decide the shape
+    monkeypatch.setattr(planning, "skeleton", lambda *words: model)
+    with pytest.raises(RuntimeError, match="cannot be run without weights"):
+        plan(folder, Settings())
+
+
+def test_the_meter_knows_what_was_there() -> None:
+    weight = torch.zeros(100)
+    with Meter([weight]) as meter:
+        view = weight.view(10, 10)
+        product = view @ view
+        del product
+    assert meter.peak == 400 and meter.now == 0 and meter.flops == 2000
