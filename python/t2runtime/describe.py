@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -39,14 +38,20 @@ def kind_of(layer: str) -> str:
     return f"{classify(layer)} {layer.rpartition('.')[2]}"
 
 
-def block_of(layer: str) -> int | None:
-    """The number of the block that a layer is in: the first number in its name.
+def in_order(layers: Iterable[str]) -> list[str]:
+    """Layer names as a reader expects them: numbers by value, not by their digits.
 
-    >>> block_of("model.layers.3.mlp.up_proj"), block_of("head")
-    (3, None)
+    >>> in_order(["h.10.up", "h.2.up", "h.2.down"])
+    ['h.2.down', 'h.2.up', 'h.10.up']
     """
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer)
-    return int(found[1]) if found else None
+
+    def key(name: str) -> list[tuple[bool, int, str]]:
+        return [
+            (part.isdecimal(), int(part) if part.isdecimal() else 0, part)
+            for part in name.split(".")
+        ]
+
+    return sorted(layers, key=key)
 
 
 def by_kind(expert: t2k.Expert) -> dict[str, dict[str, Any]]:
@@ -55,8 +60,8 @@ def by_kind(expert: t2k.Expert) -> dict[str, dict[str, Any]]:
     share: Σ(z − 1)² of the kind over that of the whole expert.
     """
     groups: dict[str, list[Tensor]] = {}
-    for layer, z in expert.z.items():
-        groups.setdefault(kind_of(layer), []).append(z)
+    for layer in in_order(expert.z):
+        groups.setdefault(kind_of(layer), []).append(expert.z[layer])
     whole = sum(float((z - 1).square().sum()) for z in expert.z.values())
     found: dict[str, dict[str, Any]] = {}
     for kind, members in groups.items():

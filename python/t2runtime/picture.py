@@ -11,7 +11,7 @@ from torch import Tensor
 
 import t2kernels as t2k
 from t2kernels.files import atomic_path
-from t2runtime.describe import kind_of
+from t2runtime.describe import in_order, kind_of
 
 #: Columns of the heat map; longer z are averaged into so many parts.
 COLUMNS = 256
@@ -61,7 +61,8 @@ def draw(experts: Mapping[str, t2k.Expert], path: Path) -> None:
 
 
 def _heat(figure: Any, axis: Any, name: str, expert: t2k.Expert) -> None:
-    rows = torch.stack([squeeze(z) for z in expert.z.values()])
+    layers = in_order(expert.z)
+    rows = torch.stack([squeeze(expert.z[layer]) for layer in layers])
     # Symmetric about 1, so that white is the base in every picture.
     reach = max(float((rows - 1).abs().max()), 1e-6)
     image = axis.imshow(
@@ -69,7 +70,7 @@ def _heat(figure: Any, axis: Any, name: str, expert: t2k.Expert) -> None:
         interpolation="nearest", extent=(0, 1, len(rows), 0),
     )  # fmt: skip
     step = max(1, len(rows) // 48)
-    axis.set_yticks([i + 0.5 for i in range(0, len(rows), step)], list(expert.z)[::step])
+    axis.set_yticks([i + 0.5 for i in range(0, len(rows), step)], layers[::step])
     axis.tick_params(axis="y", labelsize=6)
     axis.set_xlabel("singular values, the largest at the left")
     axis.set_title(f"{name}: z per layer (white = base)")
@@ -78,8 +79,8 @@ def _heat(figure: Any, axis: Any, name: str, expert: t2k.Expert) -> None:
 
 def _spread(axis: Any, expert: t2k.Expert) -> None:
     groups: dict[str, list[Tensor]] = {}
-    for layer, z in expert.z.items():
-        groups.setdefault(kind_of(layer), []).append(z)
+    for layer in in_order(expert.z):
+        groups.setdefault(kind_of(layer), []).append(expert.z[layer])
     low = min(float(z.min()) for z in expert.z.values())
     high = max(float(z.max()) for z in expert.z.values())
     room = 0.02 * (high - low) or 0.01

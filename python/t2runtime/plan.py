@@ -9,7 +9,8 @@ and what the CUDA context and libraries take (half a GiB or so).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,18 @@ _ATTENTION = "t2_plan_fused"
 
 @dataclass(frozen=True)
 class Settings:
-    """What is planned. rows: of a gradient pass and of a rollout, at once; tokens: of a row, prompt
-    and answer; answer: tokens of these that are generated (None: half).
+    """What is planned.
+
+    rows: in a gradient pass at once. step_rows: of a step, prompts × samples, generated at once
+    (None: rows). tokens: of a row, prompt and answer. answer: how many of them are generated and
+    trained on (None: half).
     """
 
     targets: str | list[str] = "all-linear"
     rank: int | None = None
     dtype: str = "auto"
     rows: int = 8
+    step_rows: int | None = None
     tokens: int = 512
     answer: int | None = None
     method: str = "reinforce"
@@ -45,6 +50,11 @@ class Settings:
         for name in ("rows", "tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.step_rows is not None and self.step_rows < self.rows:
+            raise ValueError(
+                f"the rows of a step must be at least the {self.rows} of a gradient pass, got "
+                f"{self.step_rows}"
+            )
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         if self.answer is not None and not 1 <= self.answer < self.tokens:
@@ -62,6 +72,11 @@ class Settings:
         """Tokens of a row that are trained on."""
         return self.tokens // 2 if self.answer is None else self.answer
 
+    @property
+    def all_rows(self) -> int:
+        """Rows of a step."""
+        return self.rows if self.step_rows is None else self.step_rows
+
 
 def plan(folder: Path, settings: Settings) -> dict[str, Any]:
     """Bytes and FLOPs of one step for the model whose config.json is in ``folder``.
@@ -71,7 +86,8 @@ def plan(folder: Path, settings: Settings) -> dict[str, Any]:
     """
     _register_attention()
     model = skeleton(folder, settings.dtype, _ATTENTION)
-    kv, dense = _dense_pass(model, settings)
+    dense = _dense_flops(model, settings)
+    rollout = _rollout(model, settings) if settings.method == "reinforce" else {}
     layers, skipped = install(model, settings.targets, settings.rank)
     steps = {how: gradient_step(model, settings, how) for how in KEEP}
     ranks = sum(layer.rank for layer in layers.values())
@@ -82,15 +98,16 @@ def plan(folder: Path, settings: Settings) -> dict[str, Any]:
         "z and optimiser": 16 * ranks,
     }
     activations = {how: step["bytes"] for how, step in steps.items()}
-    sampling = settings.method == "reinforce"
-    rollout = {"merged weights": _merge_bytes(layers), "cache": kv} if sampling else {}
     always = sum(fixed.values())
+    peak = {f"gradient, {how}": always + size for how, size in activations.items()}
+    if rollout:
+        rollout = {"merged weights": _merge_bytes(layers), **rollout}
+        decode = rollout["cache"] + rollout["sampling"]
+        peak["rollout"] = always + rollout["merged weights"] + max(rollout["prefill"], decode)
     flops = {
-        "rollout": dense if sampling else 0,
-        "reference": dense if sampling else 0,
-        "gradient": steps["keep"]["flops"],
-        "gradient, recompute": steps["recompute"]["flops"],
-        "gradient, checkpointing": steps["checkpointing"]["flops"],
+        "rollout": dense if rollout else 0,
+        "reference": dense if rollout else 0,
+        **{f"gradient, {how}": step["flops"] for how, step in steps.items()},
     }
     return {
         "parameters": sum(p.numel() for p in model.parameters()) - ranks,
@@ -98,11 +115,8 @@ def plan(folder: Path, settings: Settings) -> dict[str, Any]:
         "values": ranks,
         "skipped": skipped,
         "bytes": {**fixed, "activations": activations, "rollout": rollout},
-        "peak": {
-            **{f"gradient, {how}": always + b for how, b in activations.items()},
-            **({"rollout": always + sum(rollout.values())} if sampling else {}),
-        },
-        "flops": flops,
+        "peak": peak,
+        "flops": {k: v * settings.all_rows // settings.rows for k, v in flops.items()},
     }
 
 
@@ -152,13 +166,8 @@ def gradient_step(model: Any, settings: Settings, how: str) -> dict[str, int]:
         _checkpoint(model, True)
     known = [*model.parameters(), *model.buffers(), *(t for m in layers for t in m.factors)]
     try:
-        with Meter(known) as meter:
+        with _runs(model), Meter(known) as meter:
             _loss(model, settings).backward()
-    except (NotImplementedError, RuntimeError, ValueError) as error:
-        raise RuntimeError(
-            f"{type(model).__name__} cannot be run without weights: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
     finally:
         if checkpointing:
             _checkpoint(model, False)
@@ -185,7 +194,7 @@ def _checkpoint(model: Any, on: bool) -> None:
 def _loss(model: Any, settings: Settings) -> Tensor:
     """The loss of the method on rows of nothing: the shapes are what counts."""
     new = settings.new
-    ids = torch.zeros(settings.rows, settings.tokens, dtype=torch.long, device="meta")
+    ids = _ids(settings.rows, settings.tokens)
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=new + 1).logits
     log_probs = torch.log_softmax(logits[:, -(new + 1) : -1].float(), dim=-1)
     chosen = log_probs.gather(-1, ids[:, -new:, None])[..., 0]
@@ -197,24 +206,54 @@ def _loss(model: Any, settings: Settings) -> Tensor:
     return (divergence - chosen).sum()
 
 
-@torch.no_grad()
-def _dense_pass(model: Any, settings: Settings) -> tuple[int, int]:
-    """(bytes of the key/value cache of all rows, FLOPs of one pass) of the model as it is.
-
-    Generation with a cache does the products of one pass over all tokens, a token at a time.
-    """
-    ids = torch.zeros(settings.rows, settings.tokens, dtype=torch.long, device="meta")
+@contextmanager
+def _runs(model: nn.Module) -> Iterator[None]:
+    """Says of any error inside that the model needs values."""
     try:
-        with Meter() as meter:
-            out = model(input_ids=ids, use_cache=True, logits_to_keep=settings.new)
+        yield
     except (NotImplementedError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RuntimeError(
-            f"{type(model).__name__} cannot be run without weights: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f"{type(model).__name__} cannot be run without weights: {reason}"
         ) from error
+
+
+def _ids(rows: int, tokens: int) -> Tensor:
+    return torch.zeros(rows, tokens, dtype=torch.long, device="meta")
+
+
+@torch.no_grad()
+def _dense_flops(model: Any, settings: Settings) -> int:
+    """FLOPs of the dense model over all tokens of a gradient pass's rows.
+
+    Generation with a cache does the products of one such pass, a token at a time.
+    """
+    with _runs(model), Meter() as meter:
+        model(
+            input_ids=_ids(settings.rows, settings.tokens), use_cache=False,
+            logits_to_keep=settings.new,
+        )  # fmt: skip
+    return meter.flops
+
+
+@torch.no_grad()
+def _rollout(model: Any, settings: Settings) -> dict[str, int]:
+    """Bytes of the key/value cache when the last token is sampled; of the pass over the prompts
+    at its peak, cache included; and of the vocabulary's scores while one token is sampled.
+    """
+    rows, known = settings.all_rows, [*model.parameters(), *model.buffers()]
+    with _runs(model), Meter(known) as meter:
+        out = model(
+            input_ids=_ids(rows, settings.tokens - settings.new), use_cache=True, logits_to_keep=1
+        )
+    prefill, vocabulary = meter.peak, out.logits.shape[-1]
+    del out
+    with _runs(model):
+        out = model(input_ids=_ids(1, settings.tokens), use_cache=True, logits_to_keep=1)
     cache = getattr(out.past_key_values, "layers", ())
     held = [t for layer in cache for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
-    return _bytes(held), meter.flops
+    # Scores in fp32, scaled, their softmax and a scratch copy.
+    return {"cache": rows * _bytes(held), "prefill": prefill, "sampling": 16 * rows * vocabulary}
 
 
 @torch.no_grad()

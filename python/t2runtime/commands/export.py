@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     expert = combine(experts, mix, args.form, sigma)
     expert.base_model = SMALL_NAME if args.model == "small" else args.model
     recipe = ", ".join(f"{weight:g} × {path.stem}" for weight, path in zip(mix, paths, strict=True))
-    expert.description = "; ".join(e.description for e in experts if e.description)
+    expert.description = "; ".join(dict.fromkeys(e.description for e in experts if e.description))
     expert.metadata = {"mixture": recipe, "form": args.form}
     result = {"out": args.out, "mixture": recipe, "form": args.form, "layers": len(expert.z)}
     if args.as_expert:

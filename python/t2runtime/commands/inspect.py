@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import t2kernels as t2k
-from t2runtime.describe import by_kind, cosines, most_moved, summary
+from t2runtime.describe import by_kind, cosines, in_order, most_moved, summary
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -52,8 +52,8 @@ def _named(paths: list[Path]) -> dict[str, t2k.Expert]:
 
 def _expert(expert: t2k.Expert) -> dict[str, Any]:
     layers = {
-        name: {**summary(z), "fingerprint": expert.fingerprints.get(name)}
-        for name, z in expert.z.items()
+        name: {**summary(expert.z[name]), "fingerprint": expert.fingerprints.get(name)}
+        for name in in_order(expert.z)
     }
     return {
         "kind": "expert",

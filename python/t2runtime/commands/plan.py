@@ -14,26 +14,20 @@ _GIB = 2**30
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Plan one step of --rows rows, --batch of them at a time; time only by the rate given."""
-    rows = args.batch if args.rows is None else args.rows
-    if rows < args.batch:
-        raise ValueError(f"--rows of a step must be at least --batch {args.batch}, got {rows}")
     if args.tflops is not None and not args.tflops > 0:
         raise ValueError(f"--tflops must be a positive number, got {args.tflops}")
     settings = Settings(
-        targets(args.targets), args.rank, args.dtype, args.batch, args.tokens, args.answer_tokens,
-        args.method,
+        targets(args.targets), args.rank, args.dtype, args.batch, args.rows, args.tokens,
+        args.answer_tokens, args.method,
     )  # fmt: skip
     result = plan(local_folder(args.model), settings)
-    # One pass is of --batch rows; a step has as many passes as its rows need.
-    flops = {name: value * rows // args.batch for name, value in result["flops"].items()}
-    result["flops"] = flops
     result["seconds"] = None
     if args.tflops is not None:
-        result["seconds"] = {k: v / (args.tflops * 1e12) for k, v in flops.items()}
+        result["seconds"] = {k: v / (args.tflops * 1e12) for k, v in result["flops"].items()}
     facts = {
         "model": args.model, "targets": args.targets, "rank": args.rank, "dtype": args.dtype,
-        "method": args.method, "batch": args.batch, "rows": rows, "tokens": args.tokens,
-        "answer_tokens": settings.new, "tflops": args.tflops,
+        "method": args.method, "batch": args.batch, "rows": settings.all_rows,
+        "tokens": args.tokens, "answer_tokens": settings.new, "tflops": args.tflops,
     }  # fmt: skip
     return {**facts, **result}
 

@@ -38,7 +38,10 @@ def new_folder(path: Path) -> Iterator[Path]:
         # Held while it is written: who finds the folder unlocked knows that its writer is gone.
         with folder_lock(temporary):
             yield temporary
+            # Some writers make files for their owner alone; these obey the umask, as folders do.
+            mode = temporary.stat().st_mode & 0o666
             for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
+                file.chmod(mode)
                 _flush(file)
             os.replace(temporary, path)
         _flush(path.parent)

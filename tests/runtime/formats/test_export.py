@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import t2kernels as t2k
 from t2kernels.files import SaveError
 from t2runtime.cli import main
 from t2runtime.formats import folder as folders
+from t2runtime.formats import merged
 from t2runtime.formats.folder import new_folder
 from t2runtime.formats.mixture import combine
 
@@ -52,6 +57,7 @@ def test_a_merged_checkpoint_is_the_merged_model(
     assert not torch.equal(tools.logits(exported), tools.logits(tools.load(folder)))
     assert set(listing(folder)) <= set(listing(out))
     assert "0.7 × a" in (out / "README.md").read_text()
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1
 
 
 @pytest.mark.parametrize("form", ["paper", "paper-normalised", "authors"])
@@ -246,6 +252,45 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         assert listing(out) == ["other"]
         out.joinpath("other").unlink()
     assert listing(tmp_path) == ["out", "second"] and listing(out) == ["whole"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
+def test_a_killed_writer_leaves_nothing_in_place(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = f"""
+import pathlib, time
+from t2runtime.formats.folder import new_folder
+with new_folder(pathlib.Path({str(out)!r})) as part:
+    (part / "half").write_text("x")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None and job.stdout.readline() == "writing\n"
+        job.kill()
+    assert not out.exists() and len(listing(tmp_path)) == 1
+    with new_folder(out) as part:
+        (part / "whole").write_text("x")
+    assert listing(tmp_path) == ["out"] and listing(out) == ["whole"]
+
+
+def test_a_full_disk_leaves_nothing(
+    make: Make, tools: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    folder = make("llama", shard="20KB")
+    tools.write_expert(folder, tmp_path / "a.safetensors")
+    before, written = listing(tmp_path), []
+
+    def full(tensors: Any, path: str, **more: Any) -> None:
+        written.append(path)
+        if len(written) == 2:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device")
+        Path(path).write_bytes(b"a shard")
+
+    monkeypatch.setattr(merged, "save_file", full)
+    assert export(folder, tmp_path / "out", "--experts", str(tmp_path / "a.safetensors")) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert len(written) == 2 and listing(tmp_path) == before
 
 
 def test_combine_checks_what_it_mixes() -> None:
