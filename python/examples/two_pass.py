@@ -6,14 +6,13 @@ python python/examples/two_pass.py [STEPS]
 from __future__ import annotations
 
 import sys
-from functools import partial
 
 import t2kernels as t2k
 from t2runtime import tasks
 from t2runtime.adapt.prompt import SMALL
 from t2runtime.engine import TwoPass
 from t2runtime.loading import load
-from t2runtime.train import Config, train
+from t2runtime.train import small_model, train
 
 
 def main(steps: int) -> None:
@@ -22,8 +21,8 @@ def main(steps: int) -> None:
     print(t2k.convert(model, progress=False))
     bank = t2k.ExpertBank(model)
     for name in ("add", "reverse"):
-        cfg = Config(steps=steps, validate_every=10)
-        bank.add(name, train(model, tokenizer, partial(tasks.problems, name), cfg))
+        cfg = small_model(steps=steps, validate_every=10)
+        bank.add(name, train(model, tokenizer, tasks.Generated(name), cfg))
 
     # Pass 1 on the base weights; categories without an expert are answered by the base.
     bare = {name: None for name in tasks.SKILLS if name not in bank}

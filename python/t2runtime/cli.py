@@ -12,8 +12,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from t2runtime import options
 from t2runtime.parser import Parser
+from t2runtime.rewards import EXTRACTORS
 
+_TASK = "gsm8k, mbpp, add, ..., category:a+b, or a .jsonl file"
 _TARGETS = "all-linear, mlp, attention, names with commas, or a regex"
 USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError)
 
@@ -71,6 +74,46 @@ def _conversions(commands: Any) -> None:
     )
 
 
+def _train(commands: Any) -> None:
+    p = _add(commands, "train", "train an expert, or LoRA, DoRA, IA3 beside it")
+    _model_options(p)
+    p.add_argument("--task", required=True, help=_TASK)
+    p.add_argument("--data", metavar="PATH", help="file or folder of the task's data")
+    p.add_argument("--extract", choices=EXTRACTORS, help="read answers in another way")
+    p.add_argument("--skip-bad-lines", action="store_true", help="leave out broken data lines")
+    p.add_argument("--out", required=True, help="expert to write (.safetensors; else a folder)")
+    p.add_argument("--method", choices=("svf", "lora", "dora", "ia3"), default="svf")
+    p.add_argument("--lora-rank", type=int, default=16, help="of lora and dora")
+    p.add_argument("--layers", metavar="0-3,8", help="train in these blocks only")
+    p.add_argument("--rank", type=int, help="svf: train only this many components")
+    p.add_argument(
+        "--parametrisation", choices=("direct", "sigmoid-normalised"), default="direct",
+        help="svf: what z is trained as",
+    )  # fmt: skip
+    p.add_argument("--recipe", choices=("paper", "small"), help="defaults of all that follows")
+    options.training(p)
+    p.add_argument("--run", help="folder for settings, metrics, checkpoint (default: beside --out)")
+    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --run")
+
+
+def _eval(commands: Any) -> None:
+    p = _add(commands, "eval", "greedy accuracy of the base and of experts on a task")
+    _model_options(p)
+    p.add_argument("--task", required=True, help=_TASK)
+    p.add_argument("--data", metavar="PATH", help="file or folder of the task's data")
+    p.add_argument("--expert", action="append", default=[], metavar="FILE")
+    p.add_argument("--split", choices=("test", "validation"), default="test")
+    p.add_argument("--limit", type=int, default=256, help="at most so many problems")
+    p.add_argument("--rows", type=int, default=64, help="problems generated at once")
+    p.add_argument("--max-new-tokens", type=int, help="default: what the task says")
+    p.add_argument("--extract", choices=EXTRACTORS, help="read answers in another way")
+    p.add_argument("--skip-bad-lines", action="store_true", help="leave out broken data lines")
+    p.add_argument(
+        "--allow-mismatch", action="store_true", help="take experts made for another base weight"
+    )
+    p.add_argument("--seed", type=int, default=0, help="of generated tasks")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = Parser(
@@ -97,31 +140,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--float64", action="store_true", help="factors accurate to 1e-7 instead of 5e-6"
     )
 
-    p = _add(commands, "train", "train an expert by REINFORCE with KL")
-    _model_options(p)
-    p.add_argument(
-        "--task", required=True, help="a generated task (add, reverse, ...) or a .jsonl file"
-    )
-    p.add_argument("--out", required=True, help="expert file to write (.safetensors)")
-    p.add_argument("--steps", type=int, default=60)
-    p.add_argument("--prompts", type=int, default=32, help="prompts per step")
-    p.add_argument("--samples", type=int, default=8, help="completions per prompt")
-    p.add_argument("--max-new-tokens", type=int, default=8)
-    p.add_argument("--lr", type=float, default=2e-2)
-    p.add_argument("--kl", type=float, default=0.02, help="weight of KL(expert || base)")
-    p.add_argument("--temperature", type=float, default=1.0)
-    p.add_argument("--baseline", choices=("leave-one-out", "none"), default="leave-one-out")
-    p.add_argument("--rollout", choices=("merged", "factorised"), default="merged")
-    p.add_argument("--extract", choices=("text", "number", "choice"), default="text")
-    p.add_argument("--rank", type=int, help="train only this many components")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--run", help="folder for config.json and metrics.jsonl (default: beside --out)")
+    _train(commands)
+    _eval(commands)
 
     p = _add(commands, "generate", "answer prompts under a mixture of experts, or in two passes")
     _model_options(p)
     p.add_argument("--expert", action="append", default=[], metavar="FILE[=WEIGHT]")
     p.add_argument("--prompt", action="append", default=[], help="may be given several times")
-    p.add_argument("--max-new-tokens", type=int, default=64)
+    p.add_argument("--max-new-tokens", type=int, help="default: 64, or what the context leaves")
     p.add_argument(
         "--two-pass", action="store_true", help="let the model choose one of the experts per prompt"
     )

@@ -61,6 +61,7 @@ def evaluate(
     max_new_tokens: int,
     *,
     rows: int = 256,
+    chat: str = "auto",
 ) -> Score:
     """Greedy accuracy under whatever weights or mixture are in force around the call; `grader` is
     usually the source of the problems.
@@ -68,6 +69,7 @@ def evaluate(
     right = 0
     for start in range(0, len(problems), rows):
         part = problems[start : start + rows]
-        texts = complete(model, tokenizer, [p.prompt for p in part], max_new_tokens).texts
+        prompts = [problem.prompt for problem in part]
+        texts = complete(model, tokenizer, prompts, max_new_tokens, chat=chat).texts
         right += sum(grader.grade(part, texts))
     return Score(right, len(problems))

@@ -2,6 +2,11 @@
 passes.
 
 Nothing here knows experts: whoever wants a mixture opens `bank.use(...)` around the call.
+Three rules for tokenizers and contexts, the same everywhere:
+  no pad token      the end token pads, and is masked there; without one, id 0;
+  chat template     chat="auto" makes each prompt the user's turn of the tokenizer's template where
+                    it has one and leaves it as it is where not; "on" demands one, "off" uses none;
+  long prompts      prompt and max_new_tokens must fit into the model's context; nothing is cut.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -40,9 +46,13 @@ class Completions:
         return self.ids[:, self.prompt_length :]
 
     def rows(self, part: slice) -> Completions:
-        """Some of the rows."""
+        """Some of the rows, without the columns that are padding in all of them."""
+        attention, sampled = self.attention[part], self.sampled[part]
+        start = int(attention.any(0).int().argmax())
+        new = int(sampled.any(0).sum())
+        end = self.prompt_length + new
         return Completions(
-            self.ids[part], self.attention[part], self.sampled[part], self.texts[part]
+            self.ids[part, start:end], attention[:, start:end], sampled[:, :new], self.texts[part]
         )
 
 
@@ -62,13 +72,73 @@ def pad_token(tokenizer: Any) -> int:
     return 0
 
 
-def encode(tokenizer: Any, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+def uses_template(tokenizer: Any, chat: str) -> bool:
+    """Whether prompts go into the chat template, by the rule above."""
+    if chat not in ("auto", "on", "off"):
+        raise ValueError(f"chat must be 'auto', 'on' or 'off', got {chat!r}")
+    has_one = getattr(tokenizer, "chat_template", None) is not None
+    if chat == "on" and not has_one:
+        raise ValueError(
+            "chat='on' needs a tokenizer with a chat template, and this one has none; "
+            "use chat='off' to give prompts as they are"
+        )
+    return has_one and chat != "off"
+
+
+def prompt_ids(tokenizer: Any, prompt: str, chat: str = "auto") -> list[int]:
+    """The ids of one prompt; a template puts its own first token, so none is added twice."""
+    if not uses_template(tokenizer, chat):
+        return list(tokenizer(prompt)["input_ids"])
+    return list(
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True, tokenize=True, return_dict=True,
+        )["input_ids"]
+    )  # fmt: skip
+
+
+def context_length(model: Any) -> int | None:
+    """Positions that the model was made for, None where its config does not say."""
+    config = model.config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    return None if length is None else int(length)
+
+
+def check_context(model: Any, lengths: Sequence[int], max_new_tokens: int) -> None:
+    """Raise unless prompts of these lengths and as many new tokens fit into the context."""
+    context = context_length(model)
+    if context is None:
+        return
+    long = [row for row, length in enumerate(lengths) if length + max_new_tokens > context]
+    if long:
+        raise ValueError(
+            f"{len(long)} of {len(lengths)} prompts do not fit: prompt {long[0]} has "
+            f"{lengths[long[0]]} tokens and {max_new_tokens} new ones are asked for "
+            f"(max_new_tokens), the model's context holds {context}. Shorten the prompt or lower "
+            "max_new_tokens."
+        )
+
+
+def room(model: Any, tokenizer: Any, prompts: Sequence[str], most: int, chat: str = "auto") -> int:
+    """New tokens that fit behind every prompt: `most`, or fewer; at least 1, so that a prompt that
+    fills the context is refused where it is used.
+    """
+    context = context_length(model)
+    if context is None or not prompts:
+        return most
+    longest = max(len(prompt_ids(tokenizer, prompt, chat)) for prompt in prompts)
+    return max(1, min(most, context - longest))
+
+
+def encode(
+    tokenizer: Any, prompts: Sequence[str], device: torch.device, chat: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask (rows, length), padded on the left; the tokenizer is left as
     it is.
     """
     if not prompts:
         raise ValueError("prompts must hold at least one prompt, got none")
-    rows = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    rows = [prompt_ids(tokenizer, prompt, chat) for prompt in prompts]
     for prompt, row in zip(prompts, rows, strict=True):
         if not row:
             raise ValueError(f"prompts must give at least one token each, got none for {prompt!r}")
@@ -77,6 +147,21 @@ def encode(tokenizer: Any, prompts: Sequence[str], device: torch.device) -> tupl
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
+
+
+#: What would bend the softmax of a sample; a model's own settings may hold any of it.
+_UNBENT = {
+    "min_p": 0.0, "typical_p": 1.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+}  # fmt: skip
+
+
+def _sampling(model: Any, temperature: float) -> dict[str, Any]:
+    if temperature <= 0:
+        return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    own = model.generation_config
+    bent = {k: v for k, v in _UNBENT.items() if getattr(own, k, None) not in (None, v)}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, **bent}
 
 
 @torch.no_grad()
@@ -88,26 +173,31 @@ def complete(
     *,
     samples: int = 1,
     temperature: float = 0.0,
+    chat: str = "auto",
 ) -> Completions:
     """Generate for a batch: greedily at temperature 0, else from the full softmax at `temperature`.
 
     With `samples` > 1 the rows of one prompt follow each other.
     """
-    ids, mask = encode(tokenizer, prompts, model.device)
+    ids, mask = encode(tokenizer, prompts, model.device, chat)
+    check_context(model, mask.sum(1).tolist(), max_new_tokens)
     ids, mask = ids.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
-    sampling: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if temperature > 0
-        else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-    )
     ends = end_tokens(model, tokenizer)
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad_token(tokenizer),
-        **sampling,
-    )
+    try:
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad_token(tokenizer),
+            **_sampling(model, temperature),
+        )
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise RuntimeError(
+            "sampling: the model's logits are not finite under the weights in force; an expert has "
+            "diverged, or the weights overflow in this dtype"
+        ) from error
     new = output[:, ids.shape[1] :]
     is_end = torch.isin(new, torch.tensor(ends, device=new.device, dtype=new.dtype))
     sampled = is_end.cumsum(1) - is_end.long() == 0
@@ -124,6 +214,20 @@ def answer_log_probs(model: Any, completions: Completions, temperature: float = 
 
     Read from the very ids that were sampled, end token included; nothing is tokenised again.
     """
+    return torch.log_softmax(answer_logits(model, completions) / temperature, dim=-1)
+
+
+def token_log_probs(model: Any, completions: Completions, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities (rows, new) in fp32 of the completions' own tokens: as `answer_log_probs`,
+    without the vocabulary.
+    """
+    logits = answer_logits(model, completions) / temperature
+    nll = F.cross_entropy(logits.flatten(0, 1), completions.new_ids.flatten(), reduction="none")
+    return -nll.view(completions.new_ids.shape)
+
+
+def answer_logits(model: Any, completions: Completions) -> Tensor:
+    """The logits (rows, new, vocabulary) in fp32 that chose the completions' tokens."""
     new = completions.sampled.shape[1]
     accepted = inspect.signature(model.forward).parameters
     extra: dict[str, Any] = {}
@@ -135,27 +239,37 @@ def answer_log_probs(model: Any, completions: Completions, temperature: float = 
     logits = model(
         input_ids=completions.ids, attention_mask=completions.attention, use_cache=False, **extra
     ).logits
-    logits = logits[:, -(new + 1) : -1].float()
-    return torch.log_softmax(logits / temperature, dim=-1)
+    return logits[:, -(new + 1) : -1].float()
 
 
 def forced(
-    tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], model: Any
+    tokenizer: Any,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    model: Any,
+    chat: str = "auto",
 ) -> Completions:
-    """Given answers in the place of sampled ones, to ask a model for their likelihood."""
-    prompt_ids, prompt_mask = encode(tokenizer, prompts, model.device)
+    """Given answers, each with an end token, in the place of sampled ones."""
+    ids, mask = encode(tokenizer, prompts, model.device, chat)
     ends = end_tokens(model, tokenizer)[:1]
     rows = [
         list(tokenizer(answer, add_special_tokens=False)["input_ids"]) + ends for answer in answers
     ]
+    for answer, row in zip(answers, rows, strict=True):
+        if not row:
+            raise ValueError(
+                f"answers must give at least one token each, got none for {answer!r}, and the "
+                "model has no end token"
+            )
     width = max(map(len, rows))
+    check_context(model, mask.sum(1).tolist(), width)
     pad = pad_token(tokenizer)
     new = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=model.device)
     kept = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     kept = kept.to(model.device)
     return Completions(
-        torch.cat([prompt_ids, new], 1),
-        torch.cat([prompt_mask, torch.ones_like(new)], 1),
+        torch.cat([ids, new], 1),
+        torch.cat([mask, torch.ones_like(new)], 1),
         kept.bool(),
         list(answers),
     )

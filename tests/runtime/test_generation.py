@@ -1,10 +1,11 @@
+import copy
 from typing import Any
 
 import pytest
 import torch
 
 import t2kernels as t2k
-from t2runtime.generation import answer_log_probs, complete, encode, forced
+from t2runtime.generation import answer_log_probs, complete, encode, forced, prompt_ids, room
 
 
 def test_left_padding_leaves_the_tokenizer_alone(tokenizer: Any) -> None:
@@ -80,3 +81,73 @@ def test_sampling_under_an_expert_differs_from_the_base(tiny: Any, tokenizer: An
     with bank.use("far"):
         assert complete(tiny, tokenizer, ["flip 12345="], 8).texts != base
     assert complete(tiny, tokenizer, ["flip 12345="], 8).texts == base
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}?"
+
+
+def with_template(tokenizer: Any) -> Any:
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = TEMPLATE
+    return other
+
+
+def test_a_chat_template_is_used_where_there_is_one(tokenizer: Any) -> None:
+    templated = with_template(tokenizer)
+    plain = tokenizer("1+1=")["input_ids"]
+    question = tokenizer.convert_tokens_to_ids("?")
+    assert prompt_ids(tokenizer, "1+1=") == plain == prompt_ids(templated, "1+1=", "off")
+    assert prompt_ids(templated, "1+1=") == [*plain, question], "one <s>, from the template"
+    assert prompt_ids(templated, "1+1=", "on") == [*plain, question]
+
+
+def test_a_template_that_is_missing(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="chat='on' needs a tokenizer with a chat template"):
+        prompt_ids(tokenizer, "1+1=", "on")
+    with pytest.raises(ValueError, match="chat must be"):
+        prompt_ids(tokenizer, "1+1=", "yes")
+
+
+def test_without_a_pad_token_the_end_pads_and_is_masked(tiny: Any, tokenizer: Any) -> None:
+    """The answers are those of a tokenizer that has one."""
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    ids, mask = encode(bare, ["1+1=", "flip 12345="], torch.device("cpu"))
+    assert ids[0, :7].eq(bare.eos_token_id).all() and not mask[0, :7].any()
+    prompts = ["1+1=", "flip 12345="]
+    assert complete(tiny, bare, prompts, 6).texts == complete(tiny, tokenizer, prompts, 6).texts
+    given = forced(bare, prompts, ["2", "54321"], tiny)
+    assert given.sampled.sum(1).tolist() == [2, 6]
+
+
+def test_prompts_must_fit_into_the_context(tiny: Any, tokenizer: Any) -> None:
+    fits = ["1" * 57, "1+1="]
+    assert room(tiny, tokenizer, fits, 64) == 6 and room(tiny, tokenizer, ["1+1="], 8) == 8
+    complete(tiny, tokenizer, fits, 6)
+    said = "1 of 2 prompts do not fit: prompt 0 has 58 tokens and 7 new .* context holds 64"
+    with pytest.raises(ValueError, match=said):
+        complete(tiny, tokenizer, fits, 7)
+    with pytest.raises(ValueError, match="do not fit"):
+        forced(tokenizer, fits, ["1", "1" * 9], tiny)
+
+
+def test_an_answer_without_tokens(tiny: Any, tokenizer: Any) -> None:
+    assert forced(tokenizer, ["1+1="], [""], tiny).new_ids.tolist() == [[2]], "its end alone"
+    tiny.generation_config.eos_token_id = None
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.raises(ValueError, match="at least one token each"):
+        forced(endless, ["1+1="], [""], tiny)
+
+
+def test_samples_follow_the_softmax_whatever_the_model_prefers(tiny: Any, tokenizer: Any) -> None:
+    """A model's own repetition penalty would bend the samples away from what is trained."""
+    torch.manual_seed(0)
+    plain = complete(tiny, tokenizer, ["1+1="], 8, samples=8, temperature=1.0).ids
+    tiny.generation_config.repetition_penalty = 3.0
+    tiny.generation_config.min_p = 0.4
+    tiny.generation_config.top_k = 2
+    torch.manual_seed(0)
+    assert torch.equal(
+        complete(tiny, tokenizer, ["1+1="], 8, samples=8, temperature=1.0).ids, plain
+    )

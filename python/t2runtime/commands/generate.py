@@ -13,7 +13,7 @@ import t2kernels as t2k
 from t2runtime.adapt.prompt import SMALL, Categories
 from t2runtime.commands.train import targets
 from t2runtime.engine import TwoPass
-from t2runtime.generation import complete
+from t2runtime.generation import complete, room
 from t2runtime.loading import load
 
 _CLASSIFIER = "classifier"
@@ -52,12 +52,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--classifier is for pass 1: give --two-pass as well, or leave it out")
     model, tokenizer = load(args.model, args.dtype, args.device)
     t2k.convert(model, targets=targets(args.targets), decomposition=args.factors)
+    new_tokens = args.max_new_tokens or room(model, tokenizer, args.prompt, 64)
     bank = t2k.ExpertBank(model)
     for name, expert in experts.items():
         bank.add(name, expert, allow_mismatch=args.allow_mismatch)
     if not args.two_pass:
         with bank.use(weights or None):
-            texts = complete(model, tokenizer, args.prompt, args.max_new_tokens).texts
+            texts = complete(model, tokenizer, args.prompt, new_tokens).texts
         rows = [
             {"prompt": p, "text": t, "mixture": weights or None}
             for p, t in zip(args.prompt, texts, strict=True)
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     engine = TwoPass(
         model, tokenizer, bank, categories, _CLASSIFIER if args.classifier else None, mixtures
     )
-    outputs = engine.generate(args.prompt, args.max_new_tokens)
+    outputs = engine.generate(args.prompt, new_tokens)
     return {
         "outputs": [
             {"prompt": p, **dataclasses.asdict(output)}

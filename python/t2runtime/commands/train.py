@@ -1,47 +1,65 @@
-"""`t2 train MODEL --task T --out EXPERT`: one expert by REINFORCE with KL."""
+"""`t2 train MODEL --task T --out EXPERT`: one expert, or a LoRA, DoRA or IA3 beside it."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import t2kernels as t2k
-from t2runtime.evaluate import evaluate
+from t2runtime.card import write_card
+from t2runtime.evaluate import Score, evaluate
 from t2runtime.loading import load
 from t2runtime.sources import source
-from t2runtime.train import Config, Interrupted, train
+from t2runtime.train import RECIPES, SVF, Adapter, Config, Interrupted, Peft, Source, train
+from t2runtime.train.loop import resolved
+from t2runtime.train.plots import draw_run
+
+TEST_PROBLEMS = 256
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train, measure base and expert on the test split, save the expert with its facts."""
-    out = Path(args.out)
-    if out.suffix != ".safetensors":
-        raise ValueError(f"--out must end in .safetensors, got {args.out!r}")
-    given = {
-        f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)
-    }
-    cfg = Config(**given)
-    problems = source(args.task, extract=args.extract)
+    out, cfg = Path(args.out), settings(args)
+    _check_out(out, args.method)
+    bad_lines = {"on_bad_lines": "skip"} if args.skip_bad_lines else {}
+    problems = source(args.task, data=args.data, extract=args.extract, **bad_lines)
     # Asked for now, so that a file without such lines is refused before anything is trained.
-    problems(1, "train", cfg.seed)
-    problems(1, "validation", cfg.seed)
-    test = problems(256, "test", cfg.seed)
+    for split in ("train", "validation"):
+        problems(1, split, cfg.seed)
+    test = problems(TEST_PROBLEMS, "test", cfg.seed)
     model, tokenizer = load(args.model, args.dtype, args.device)
-    t2k.convert(model, targets=targets(args.targets), rank=args.rank, decomposition=args.factors)
-    folder = Path(args.run) if args.run else out.with_suffix("")
+    cfg = resolved(cfg, problems, tokenizer)
+    adapter = make_adapter(model, args, cfg.seed)
+    folder = Path(args.run) if args.run else _run_folder(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    where = {"expert": str(out), "run": str(folder)}
+    where = {"expert": str(out), "run": str(folder), "method": args.method}
+    facts = {
+        "task": args.task,
+        "data": None if args.data is None else Path(args.data).name,
+        "method": args.method,
+        "reward": f"1 if right, {cfg.wrong_reward:g} if wrong",
+        "config": dataclasses.asdict(cfg),
+        "torch": torch.__version__,
+    }
 
-    def save(expert: Any, **facts: Any) -> None:
-        expert.description = f"{args.task} on {args.model}"
-        expert.metadata |= {"task": args.task, "config": dataclasses.asdict(cfg), **facts}
-        expert.save(out)
+    def save(trained: Any, **more: Any) -> None:
+        trained.description = f"{args.task} on {args.model}"
+        trained.metadata |= {**facts, **more}
+        trained.save(out)
+        if isinstance(trained, t2k.Expert):
+            write_card(trained, out)
 
     try:
-        expert = train(model, tokenizer, problems, cfg, folder, _progress)
+        trained = train(
+            model, tokenizer, problems, cfg, folder, _progress, adapter=adapter, resume=args.resume
+        )
     except Interrupted as stop:
         save(stop.expert, interrupted_at_step=stop.step + 1)
         return {
@@ -49,20 +67,72 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "exit_code": 130,
         }  # fmt: skip
     # Before the test, so that nothing which happens there can lose it.
-    save(expert)
-    base = evaluate(model, tokenizer, problems, test, cfg.max_new_tokens)
-    bank = t2k.ExpertBank(model)
-    bank.add("expert", expert)
-    with bank.use("expert"):
-        trained = evaluate(model, tokenizer, problems, test, cfg.max_new_tokens)
-    save(expert, accuracy=trained.accuracy)
+    save(trained)
+    base, reached = _measure(model, tokenizer, problems, test, cfg, adapter, trained)
+    results = {
+        name: {"accuracy": score.accuracy, "interval": score.interval}
+        for name, score in (("base", base), ("trained", reached))
+    }
+    save(trained, accuracy=reached.accuracy, test={**results, "problems": base.total})
+    picture = folder / "training.png"
+    drawn = draw_run(folder / "metrics.jsonl", picture)
     return {
         **where,
-        "base": {"accuracy": base.accuracy, "interval": base.interval},
-        "trained": {"accuracy": trained.accuracy, "interval": trained.interval},
-        "validation": {k: expert.metadata[k] for k in ("validation", "base_validation")},
+        **results,
+        "validation": {k: trained.metadata[k] for k in ("validation", "base_validation")},
         "problems": base.total,
+        "values": sum(p.numel() for p in adapter.parameters().values()),
+        "plot": str(picture) if drawn else None,
     }
+
+
+def settings(args: argparse.Namespace) -> Config:
+    """The recipe asked for, with what was given in its place. The small model has its own."""
+    names = [f.name for f in dataclasses.fields(Config)]
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    recipe = args.recipe or ("small" if args.model == "small" else "paper")
+    if given.get("objective") == "next-token":
+        # Nothing is sampled: a recipe's samples must not ask for a baseline's sake.
+        given = {"samples": 1, "baseline": "none", **given}
+    return RECIPES[recipe](**given)
+
+
+def make_adapter(model: Any, args: argparse.Namespace, seed: int) -> Adapter:
+    """What `--method` names, on the layers that `--targets` and `--layers` name."""
+    wanted = targets(args.targets)
+    if args.layers is not None:
+        wanted = in_blocks(list(t2k.select(model, wanted)[0]), args.layers)
+    if args.method == "svf":
+        t2k.convert(
+            model, targets=wanted, rank=args.rank, decomposition=args.factors,
+            parametrisation=args.parametrisation,
+        )  # fmt: skip
+        return SVF(model)
+    given = {"--rank": args.rank, "--factors": args.factors}
+    for option, value in given.items():
+        if value is not None:
+            raise ValueError(f"{option} belongs to --method svf, got --method {args.method}")
+    return Peft(model, args.method, wanted, rank=args.lora_rank, seed=seed)
+
+
+def in_blocks(names: Sequence[str], blocks: str) -> list[str]:
+    """The layers that lie in the blocks, counted from 0, that `blocks` names.
+
+    >>> in_blocks(["h.0.up", "h.1.up", "h.2.up", "h.3.up"], "0,2-3")
+    ['h.0.up', 'h.2.up', 'h.3.up']
+    """
+    wanted: set[int] = set()
+    for part in blocks.split(","):
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if not found:
+            raise ValueError(f"--layers must be like 0-3,8, got {blocks!r}")
+        wanted |= set(range(int(found[1]), int(found[2] or found[1]) + 1))
+    chosen = [
+        name for name in names if (n := re.search(r"(?:^|\.)(\d+)\.", name)) and int(n[1]) in wanted
+    ]
+    if not chosen:
+        raise ValueError(f"--layers {blocks} names no block of this model")
+    return chosen
 
 
 def targets(text: str) -> str | list[str]:
@@ -74,13 +144,46 @@ def targets(text: str) -> str | list[str]:
     return text.split(",") if "," in text and not set(text) & set("([{|\\") else text
 
 
+def _check_out(out: Path, method: str) -> None:
+    if (out.suffix == ".safetensors") != (method == "svf"):
+        kind = "end in .safetensors" if method == "svf" else "be a folder, which PEFT reads,"
+        raise ValueError(f"--out must {kind} for --method {method}, got {str(out)!r}")
+
+
+def _run_folder(out: Path) -> Path:
+    return out.with_suffix("") if out.suffix == ".safetensors" else out.with_name(f"{out.name}.run")
+
+
+def _measure(
+    model: Any, tokenizer: Any, problems: Source, test: Sequence[Any], cfg: Config,
+    adapter: Adapter, trained: Any,
+) -> tuple[Score, Score]:  # fmt: skip
+    """Base and trained weights on the test problems."""
+    scores = []
+    for weights in (adapter.base(), adapter.using(trained)):
+        with weights:
+            scores.append(
+                evaluate(
+                    model,
+                    tokenizer,
+                    problems,
+                    test,
+                    cfg.max_new_tokens or 1,
+                    rows=cfg.rows_per_rollout,
+                    chat=cfg.chat,
+                )
+            )
+    return scores[0], scores[1]
+
+
 def show(result: dict[str, Any]) -> str:
     """Base against expert."""
     if "interrupted_at_step" in result:
         which = "the best by validation so far" if result["validated"] else "not validated yet"
         return (
             f"interrupted at step {result['interrupted_at_step']}; the expert in "
-            f"{result['expert']} is {which}, metrics in {result['run']}"
+            f"{result['expert']} is {which}, metrics in {result['run']}; --resume goes on from "
+            "the last checkpoint"
         )
     lines = [f"accuracy on {result['problems']} distinct held-out problems, with 95 % intervals:"]
     for name in ("base", "trained"):
@@ -89,13 +192,15 @@ def show(result: dict[str, Any]) -> str:
             f"  {name:8s}{100 * result[name]['accuracy']:6.1f} %"
             f"  [{100 * low:.1f}, {100 * high:.1f}]"
         )
+    lines.append(f"{result['values']:,} trained values ({result['method']})")
     return "\n".join([*lines, f"expert in {result['expert']}, metrics in {result['run']}"])
 
 
 def _progress(line: dict[str, Any]) -> None:
-    if "validation" in line:
+    """A line per validation, where no progress bar is shown."""
+    if "validation" in line and not sys.stderr.isatty():
         print(
-            f"step {line['step']:4d}  sampled {line['sampled_accuracy']:.3f}  "
+            f"step {line['step']:4d}  loss {line['loss']:.3f}  "
             f"validation {line['validation']:.3f}  KL {line['kl']:.3f}",
             file=sys.stderr,
         )

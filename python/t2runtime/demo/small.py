@@ -22,7 +22,7 @@ from t2runtime.evaluate import Score, evaluate
 from t2runtime.generation import complete
 from t2runtime.loading import load
 from t2runtime.tasks import EXACT, Generated, Problem
-from t2runtime.train import Config, train
+from t2runtime.train import Config, small_model, train
 
 #: The skills that the demo trains experts for. None is for counting: few shots have to find a
 #: mixture of the others for it.
@@ -31,7 +31,7 @@ CLASSIFIER = "classifier"
 NEW_TOKENS = 8
 TEST_PROBLEMS, SHOTS, ROUNDS = 400, 16, 8
 #: At most 60 steps of 256 answers; fewer where validation is answered almost without a fault.
-TRAINING = Config(steps=60, max_new_tokens=NEW_TOKENS, validate_every=10, stop_at=0.98)
+TRAINING = small_model(steps=60, max_new_tokens=NEW_TOKENS, validate_every=10, stop_at=0.98)
 DESCRIPTIONS = {
     "add": "adds two two-digit numbers",
     "reverse": "says five digits backwards",

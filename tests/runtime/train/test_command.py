@@ -1,0 +1,102 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import t2kernels as t2k
+from t2runtime.cli import main
+from t2runtime.commands import train as command
+from t2runtime.loading import load
+
+FEW = ("--steps", "2", "--prompts", "4", "--samples", "2", "--validation-problems", "4")
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    try:
+        code = main(["train", "small", "--task", "add", *words])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, small: Any) -> None:
+    """`small` skips where the model is missing."""
+    monkeypatch.setattr(command, "TEST_PROBLEMS", 8)
+
+
+def test_an_expert_with_its_card_and_resume(capsys: Any, tmp_path: Path) -> None:
+    out = tmp_path / "e.safetensors"
+    words = ("--out", str(out), *FEW, "--targets", "mlp", "--layers", "1-2")
+    code, said, err = call(capsys, *words, "--json")
+    assert code == 0, err
+    result = json.loads(said)
+    expert = t2k.Expert.load(out)
+    assert {name.split(".")[2] for name in expert.z} == {"1", "2"}
+    assert all("mlp" in name for name in expert.z) and len(expert.z) == 6
+    assert result["values"] == sum(z.numel() for z in expert.z.values())
+    assert expert.metadata["config"]["lr"] == 2e-2, "the small model's recipe"
+    assert expert.metadata["config"]["max_new_tokens"] == 8, "the task's"
+    assert expert.metadata["test"]["problems"] == 8
+    card = out.with_suffix(".md").read_text()
+    assert "t2runtime/small" in card and "accuracy" in card
+    assert (tmp_path / "e" / "checkpoint.safetensors").exists()
+    if result["plot"]:
+        assert Path(result["plot"]).stat().st_size > 10_000
+
+    code, said, err = call(capsys, *words, "--resume")
+    assert code == 0 and "with 95 % intervals" in said, err
+    again = t2k.Expert.load(out)
+    assert all(again.z[name].equal(z) for name, z in expert.z.items())
+    code, said, err = call(capsys, *words, "--resume", "--lr", "0.5")
+    assert code == 2 and "lr 0.02, not 0.5" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_peft_beside_it(capsys: Any, tmp_path: Path, method: str) -> None:
+    peft = pytest.importorskip("peft")
+    out = tmp_path / "adapter"
+    words = ("--out", str(out), "--method", method, "--lora-rank", "2", *FEW)
+    code, said, err = call(capsys, *words, "--json", "--objective", "next-token")
+    assert code == 0, err
+    assert json.loads(said)["method"] == method
+    facts = json.loads((out / "training.json").read_text())
+    assert facts["config"]["objective"] == "next-token" and facts["config"]["samples"] == 2
+    peft.PeftModel.from_pretrained(load("small")[0], str(out))
+
+
+def test_the_papers_recipe_by_name(capsys: Any, tmp_path: Path) -> None:
+    out = str(tmp_path / "e.safetensors")
+    words = ("--out", out, "--recipe", "paper", "--steps", "1", "--prompts", "2")
+    code, _, err = call(capsys, *words, "--parametrisation", "sigmoid-normalised")
+    assert code == 0, err
+    cfg = t2k.Expert.load(out).metadata["config"]
+    assert (cfg["lr"], cfg["schedule"], cfg["samples"]) == (2e-3, "cosine", 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--out", "x", "--method", "svf"), "must end in .safetensors"),
+        (("--out", "x.safetensors", "--method", "lora"), "must be a folder"),
+        (("--out", "x", "--method", "lora", "--rank", "4"), "--rank belongs to --method svf"),
+        (("--out", "x.safetensors", "--layers", "two"), "--layers must be like 0-3,8"),
+        (("--out", "x.safetensors", "--layers", "9"), "--layers 9 names no block"),
+        (("--out", "x.safetensors", "--kl", "-1"), "kl must be"),
+        (("--out", "x.safetensors", "--chat", "on"), "needs a tokenizer with a chat template"),
+        (("--out", "x.safetensors", "--max-new-tokens", "60"), "do not fit"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(
+    capsys: Any, tmp_path: Path, monkeypatch: Any, words: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(capsys, *words)
+    assert code == 2 and not out
+    assert said in err and len(err.splitlines()) == 1
+
+
+def test_a_task_with_data_has_its_own_way(capsys: Any, tmp_path: Path) -> None:
+    code, _, err = call(capsys, "--out", str(tmp_path / "e.safetensors"), "--data", "x.jsonl")
+    assert code == 2 and "generated and reads no data" in err
