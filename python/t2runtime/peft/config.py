@@ -96,10 +96,10 @@ class SVFConfig(PeftConfig):
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved: all fields but the path of the decomposition."""
+        """What is saved: all fields but the path of the decomposition, sets in order."""
         fields: dict[str, Any] = super().to_dict()
         fields.pop("decomposition", None)
-        return fields
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's, and a line in the model card on the import that the adapter needs."""

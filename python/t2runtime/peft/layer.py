@@ -101,6 +101,7 @@ class SVFTunerLinear(nn.Module, BaseTunerLayer):
         self.factors = factors = factors.to(dtype=factors.U.dtype)
         # The same U and V about σ = 0: the delta form, in which a base row gets an exact 0.
         self._change = t2k.SVDFactors(factors.U, torch.zeros_like(factors.S), factors.V)
+        self._sigma = factors.S.float()
 
     @property
     def full(self) -> int:
@@ -137,14 +138,15 @@ class SVFTunerLinear(nn.Module, BaseTunerLayer):
         z = self._z(adapter_name).weight
         S = self.factors.S[: z.shape[0]]
         effective = t2k.effective_multiplier(S, z, self.parametrisation[adapter_name])
-        return F.pad(effective, (0, self.rank - z.shape[0]), value=1.0)
+        missing = self.rank - z.shape[0]
+        return F.pad(effective, (0, missing), value=1.0) if missing else effective
 
     def diagonal(self, adapter_names: Sequence[str]) -> Tensor:
         """σ⊙z (r,) fp32 of one adapter, or of several that add their deviations."""
         z = self.multiplier(adapter_names[0])
         for name in adapter_names[1:]:
             z = z + (self.multiplier(name) - 1)
-        return self.factors.S.float() * z
+        return self._sigma * z
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -172,7 +174,8 @@ class SVFTunerLinear(nn.Module, BaseTunerLayer):
             return self._by_row(x, rows if isinstance(rows, AdapterRows) else AdapterRows(rows))
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        names = [name for name in self.active_adapters if name in self.svf_z]
+        known = self.svf_z._modules
+        names = [name for name in self.active_adapters if name in known]
         if all(self._z(name).rests(self.parametrisation[name]) for name in names):
             return self.base_layer(x, *args, **kwargs)
         recompute = any(self.recompute[name] for name in names)

@@ -77,6 +77,7 @@ class SVFModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
             self._withdraw(model, adapter_name)
+            self.peft_config.pop(adapter_name, None)
             raise
         finally:
             self._bar.close()
@@ -201,11 +202,7 @@ class SVFModel(BaseTuner):
             rank=None if None in ranks else max(ranks), parametrisation="direct",
             init_weights=True, fingerprints=marks,
         )  # fmt: skip
-        try:
-            self.inject_adapter(self.model, adapter_name)
-        except BaseException:
-            del self.peft_config[adapter_name]
-            raise
+        self.inject_adapter(self.model, adapter_name)
         for layer in self.modules():
             if isinstance(layer, SVFTunerLinear) and adapter_name in layer.svf_z:
                 ones = torch.ones(layer.rank, device=layer.factors.S.device)

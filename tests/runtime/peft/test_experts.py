@@ -113,3 +113,12 @@ def test_bad_mixtures(kit, base):
     model.add_adapter("whole", svf.SVFConfig(modules_to_save=["lm_head"]))
     with pytest.raises(ValueError, match="modules_to_save"):
         add(["whole"], [1.0], "new")
+
+
+def test_peft_turns_an_adapter_into_lora(kit, base):
+    reference = copy.deepcopy(base)
+    model = kit.model(base, target_modules=["up_proj", "down_proj"])
+    config, state = peft.convert_to_lora(model, rank=32)
+    lora = peft.get_peft_model(copy.deepcopy(reference), config).eval()
+    peft.set_peft_model_state_dict(lora, state)
+    assert kit.close(kit.logits(lora), kit.logits(model), 1e-3)
