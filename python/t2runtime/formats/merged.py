@@ -70,7 +70,7 @@ def write_merged(
 
     Shards, their names and the index stay as they are; configs, tokenizer and licence are copied.
     In memory are one shard and the decomposition of one weight. dtype: of every floating tensor
-    that is written (None: its own); the expert is merged in that dtype.
+    that is written (None: its own).
 
     Returns {layer: ‖W′ − W‖ / ‖W‖}. Raises ValueError for an expert of another model.
     """
@@ -86,25 +86,34 @@ def write_merged(
         with safe_open(str(file), framework="pt", device="cpu") as source:
             for name in names:
                 tensor = source.get_tensor(name)
-                if dtype is not None and tensor.is_floating_point():
-                    tensor = tensor.to(dtype)
                 layer = layers.get(name.removesuffix(".weight"))
                 if layer is not None and name.endswith(".weight"):
-                    turned = weights.by_layer[layer].transposed
-                    own = (tensor.t() if turned else tensor).to(weights.device, copy=True)
-                    check_belongs(layer, expert, own, allow_mismatch)
-                    base_norm = float(own.float().norm())
-                    new = merged_weight(weights, layer, expert.z[layer], own.clone())
-                    change = float((new.float() - own.float()).norm())
-                    moved[layer] = change / base_norm if base_norm else change
-                    tensor = (new.t() if turned else new).cpu().contiguous()
+                    tensor, moved[layer] = _merge(
+                        weights, layer, expert, tensor, dtype is not None, allow_mismatch
+                    )
                     if tick is not None:
                         tick(layer)
+                if dtype is not None and tensor.is_floating_point():
+                    tensor = tensor.to(dtype)
                 plain[name] = tensor
                 total += tensor.numel() * tensor.element_size()
         save_file(plain, str(folder / _name(file, base.path)), metadata={"format": "pt"})
     _copy_rest(base.path, folder, dtype, total)
     return moved
+
+
+def _merge(
+    weights: Weights, layer: str, expert: t2k.Expert, stored: Tensor, wide: bool,
+    allow_mismatch: bool,
+) -> tuple[Tensor, float]:  # fmt: skip
+    """(W′ as it is stored, ‖W′ − W‖ / ‖W‖); ``wide`` leaves W′ in fp32, to be rounded once."""
+    turned = weights.by_layer[layer].transposed
+    own = (stored.t() if turned else stored).to(weights.device, copy=True)
+    check_belongs(layer, expert, own, allow_mismatch)
+    own = own.float() if wide else own
+    new = merged_weight(weights, layer, expert.z[layer], own.clone())
+    norm, change = (float(t.float().norm()) for t in (own, new - own))
+    return (new.t() if turned else new).cpu().contiguous(), change / norm if norm else change
 
 
 def _name(file: Path, folder: Path) -> str:

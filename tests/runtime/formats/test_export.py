@@ -83,6 +83,7 @@ def test_every_form_of_mixing(make: Make, tools: Any, tmp_path: Path, form: str)
 
 
 def test_another_dtype(make: Make, tools: Any, tmp_path: Path) -> None:
+    """bf16 to fp32 is the merge of the model loaded in fp32, bf16 to fp16 that merge rounded."""
     folder = make("llama", torch.bfloat16, shard="20KB")
     tools.write_expert(folder, tmp_path / "a.safetensors")
     words = ("--experts", str(tmp_path / "a.safetensors"), "--dtype", "float32")
@@ -98,6 +99,10 @@ def test_another_dtype(make: Make, tools: Any, tmp_path: Path) -> None:
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     sizes = sum(p.numel() * 4 for p in exported.parameters())
     assert index["metadata"]["total_size"] == sizes
+    assert export(folder, tmp_path / "half", *words[:-1], "float16") == 0
+    half = tools.load(tmp_path / "half")
+    for name, parameter in exported.named_parameters():
+        assert torch.equal(half.get_parameter(name), parameter.half()), name
 
 
 def test_an_expert_of_few_components_and_factors_from_a_folder(
