@@ -167,11 +167,16 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--targets", default="all-linear", help=_TARGETS)
     p.add_argument("--rank", type=int, help="train only this many components")
     p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    p.add_argument("--batch", type=int, default=8, help="rows in memory at once")
-    p.add_argument("--rows", type=int, help="rows of a step, prompts x samples (default: --batch)")
+    p.add_argument("--prompts", type=int, default=256, help="prompts a step")
+    p.add_argument("--samples", type=int, default=1, help="answers to each prompt")
+    p.add_argument("--rows-per-rollout", type=int, default=64, help="answers generated at once")
+    p.add_argument(
+        "--rows-per-backward", "--batch", type=int, default=16, help="answers trained on at once"
+    )
     p.add_argument("--tokens", type=int, default=512, help="of a row, prompt and answer")
-    p.add_argument("--answer-tokens", type=int, help="how many of them are the answer (half)")
-    p.add_argument("--method", choices=("reinforce", "ntp"), default="reinforce")
+    p.add_argument("--max-new-tokens", type=int, help="how many of them are the answer (half)")
+    p.add_argument("--objective", choices=("reinforce", "next-token"), default="reinforce")
+    p.add_argument("--kl-estimator", choices=("exact", "k3", "none"), default="exact")
     p.add_argument("--tflops", type=float, help="a measured rate, to turn arithmetic into time")
 
     p = _add(commands, "bench", "a quick benchmark of one layer against plain torch")

@@ -19,10 +19,14 @@ import torch
 from torch import Tensor, nn
 
 import t2kernels as t2k
+from t2runtime.generation import Completions, answer_log_probs, token_log_probs
 from t2runtime.meter import Meter
 from t2runtime.skeleton import skeleton
+from t2runtime.train.blocks import checkpointed
+from t2runtime.train.reinforce import exact_kl, sampled_kl
 
-METHODS = ("reinforce", "ntp")
+OBJECTIVES = ("reinforce", "next-token")
+KL = ("exact", "k3", "none")
 #: How a gradient step may hold its activations.
 KEEP = ("keep", "recompute", "checkpointing")
 _ATTENTION = "t2_plan_fused"
@@ -30,52 +34,56 @@ _ATTENTION = "t2_plan_fused"
 
 @dataclass(frozen=True)
 class Settings:
-    """What is planned.
+    """What is planned; names are those of `t2runtime.train.Config`.
 
-    rows: in a gradient pass at once. step_rows: of a step, prompts × samples, generated at once
-    (None: rows). tokens: of a row, prompt and answer. answer: how many of them are generated and
-    trained on (None: half).
+    rows: of a step, prompts × samples. rows_per_rollout, rows_per_backward: so many at once.
+    tokens: of a row, prompt and answer. max_new_tokens: how many of them are the answer (None:
+    half). kl: how it is had, or "none". dtype "auto" is the config's own.
     """
 
     targets: str | list[str] = "all-linear"
     rank: int | None = None
     dtype: str = "auto"
-    rows: int = 8
-    step_rows: int | None = None
+    rows: int = 256
+    rows_per_rollout: int = 64
+    rows_per_backward: int = 16
     tokens: int = 512
-    answer: int | None = None
-    method: str = "reinforce"
+    max_new_tokens: int | None = None
+    objective: str = "reinforce"
+    kl: str = "exact"
 
     def __post_init__(self) -> None:
-        for name in ("rows", "tokens"):
+        for name in ("rows", "rows_per_rollout", "rows_per_backward"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.step_rows is not None and self.step_rows < self.rows:
-            raise ValueError(
-                f"the rows of a step must be at least the {self.rows} of a gradient pass, got "
-                f"{self.step_rows}"
-            )
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
-        if self.answer is not None and not 1 <= self.answer < self.tokens:
-            raise ValueError(
-                f"the answer must have 1 to {self.tokens - 1} of {self.tokens} tokens, got "
-                f"{self.answer}"
-            )
         if self.tokens < 2:
-            raise ValueError("tokens must be at least 2: one of prompt, one of answer")
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+            raise ValueError(
+                f"tokens must be at least 2, one of prompt and one of answer, got {self.tokens}"
+            )
+        if not 1 <= self.new < self.tokens:
+            raise ValueError(
+                f"max_new_tokens must be 1 to {self.tokens - 1} of {self.tokens} tokens, got "
+                f"{self.new}"
+            )
+        for name, allowed in (("objective", OBJECTIVES), ("kl", KL)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        if self.objective == "next-token" and self.kl == "k3":
+            raise ValueError("kl 'k3' needs sampled answers, objective 'next-token' has given ones")
 
     @property
     def new(self) -> int:
         """Tokens of a row that are trained on."""
-        return self.tokens // 2 if self.answer is None else self.answer
+        return self.tokens // 2 if self.max_new_tokens is None else self.max_new_tokens
 
     @property
-    def all_rows(self) -> int:
-        """Rows of a step."""
-        return self.rows if self.step_rows is None else self.step_rows
+    def backward(self) -> int:
+        """Rows in a gradient pass: a step may have fewer than are allowed at once."""
+        return min(self.rows, self.rows_per_backward)
 
 
 def plan(folder: Path, settings: Settings) -> dict[str, Any]:
@@ -87,7 +95,7 @@ def plan(folder: Path, settings: Settings) -> dict[str, Any]:
     _register_attention()
     model = skeleton(folder, settings.dtype, _ATTENTION)
     dense = _dense_flops(model, settings)
-    rollout = _rollout(model, settings) if settings.method == "reinforce" else {}
+    rollout = _rollout(model, settings) if settings.objective == "reinforce" else {}
     layers, skipped = install(model, settings.targets, settings.rank)
     steps = {how: gradient_step(model, settings, how) for how in KEEP}
     ranks = sum(layer.rank for layer in layers.values())
@@ -106,7 +114,7 @@ def plan(folder: Path, settings: Settings) -> dict[str, Any]:
         peak["rollout"] = always + rollout["merged weights"] + max(rollout["prefill"], decode)
     flops = {
         "rollout": dense if rollout else 0,
-        "reference": dense if rollout else 0,
+        "reference": dense if settings.kl != "none" else 0,
         **{f"gradient, {how}": step["flops"] for how, step in steps.items()},
     }
     return {
@@ -116,7 +124,7 @@ def plan(folder: Path, settings: Settings) -> dict[str, Any]:
         "skipped": skipped,
         "bytes": {**fixed, "activations": activations, "rollout": rollout},
         "peak": peak,
-        "flops": {k: v * settings.all_rows // settings.rows for k, v in flops.items()},
+        "flops": {k: v * settings.rows // settings.backward for k, v in flops.items()},
     }
 
 
@@ -161,49 +169,34 @@ def gradient_step(model: Any, settings: Settings, how: str) -> dict[str, int]:
     for layer in layers:
         layer.recompute = how == "recompute"
         layer.z.grad = None
-    checkpointing = how == "checkpointing"
-    if checkpointing:
-        _checkpoint(model, True)
     known = [*model.parameters(), *model.buffers(), *(t for m in layers for t in m.factors)]
-    try:
-        with _runs(model), Meter(known) as meter:
-            _loss(model, settings).backward()
-    finally:
-        if checkpointing:
-            _checkpoint(model, False)
+    with _runs(model), Meter(known) as meter:
+        _loss(model, settings, how == "checkpointing").backward()
     return {"bytes": meter.peak - _bytes(m.z for m in layers), "flops": meter.flops}
 
 
-def _checkpoint(model: Any, on: bool) -> None:
-    """Layers that are computed again in backward, as transformers does it, on or off."""
-    model.train(on)
-    # The names of transformers 5.20 and later, and those before.
-    if hasattr(model, "activation_checkpointing_enable"):
-        enable, disable = (
-            model.activation_checkpointing_enable,
-            model.activation_checkpointing_disable,
-        )
-    else:
-        enable, disable = model.gradient_checkpointing_enable, model.gradient_checkpointing_disable
-    if on:
-        enable({"use_reentrant": False, "preserve_rng_state": False})
-    else:
-        disable()
-
-
-def _loss(model: Any, settings: Settings) -> Tensor:
-    """The loss of the method on rows of nothing: the shapes are what counts."""
-    new = settings.new
-    ids = _ids(settings.rows, settings.tokens)
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=new + 1).logits
-    log_probs = torch.log_softmax(logits[:, -(new + 1) : -1].float(), dim=-1)
-    chosen = log_probs.gather(-1, ids[:, -new:, None])[..., 0]
-    if settings.method == "ntp":
-        return -chosen.sum()
-    # KL(π' ‖ π) summed over the vocabulary, beside log π of the base at each position.
-    reference = torch.empty_like(log_probs, requires_grad=False)
-    divergence = (log_probs.exp() * (log_probs - reference)).sum(-1)
-    return (divergence - chosen).sum()
+def _loss(model: Any, settings: Settings, checkpointing: bool) -> Tensor:
+    """The loss of a gradient pass by the trainer's own functions, on rows of nothing."""
+    rows, new = settings.backward, settings.new
+    some = Completions(
+        _ids(rows, settings.tokens),
+        _ids(rows, settings.tokens),
+        torch.zeros(rows, new, dtype=torch.bool, device="meta"),
+        [""] * rows,
+    )
+    read = answer_log_probs if settings.kl == "exact" else token_log_probs
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    width = (vocabulary,) if settings.kl == "exact" else ()
+    # What the pass under the base's weights leaves, which is over when this one begins.
+    reference = None if settings.kl == "none" else torch.empty(rows, new, *width, device="meta")
+    with checkpointed(model, checkpointing):
+        log_probs = read(model, some)
+    if reference is None:
+        return log_probs.sum()
+    if settings.kl == "k3":
+        return (log_probs + sampled_kl(log_probs, reference)).sum()
+    chosen = log_probs.gather(-1, some.new_ids[..., None])[..., 0]
+    return (chosen + exact_kl(log_probs, reference)).sum()
 
 
 @contextmanager
@@ -230,7 +223,7 @@ def _dense_flops(model: Any, settings: Settings) -> int:
     """
     with _runs(model), Meter() as meter:
         model(
-            input_ids=_ids(settings.rows, settings.tokens), use_cache=False,
+            input_ids=_ids(settings.backward, settings.tokens), use_cache=False,
             logits_to_keep=settings.new,
         )  # fmt: skip
     return meter.flops
@@ -241,7 +234,8 @@ def _rollout(model: Any, settings: Settings) -> dict[str, int]:
     """Bytes of the key/value cache when the last token is sampled; of the pass over the prompts
     at its peak, cache included; and of the vocabulary's scores while one token is sampled.
     """
-    rows, known = settings.all_rows, [*model.parameters(), *model.buffers()]
+    rows = min(settings.rows, settings.rows_per_rollout)
+    known = [*model.parameters(), *model.buffers()]
     with _runs(model), Meter(known) as meter:
         out = model(
             input_ids=_ids(rows, settings.tokens - settings.new), use_cache=True, logits_to_keep=1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
 from t2runtime.commands.train import targets
@@ -13,23 +14,31 @@ _GIB = 2**30
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Plan one step of --rows rows, --batch of them at a time; time only by the rate given."""
+    """Plan one step of prompts × samples rows; time only by the rate given."""
     if args.tflops is not None and not args.tflops > 0:
         raise ValueError(f"--tflops must be a positive number, got {args.tflops}")
+    for name in ("prompts", "samples"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
     settings = Settings(
-        targets(args.targets), args.rank, args.dtype, args.batch, args.rows, args.tokens,
-        args.answer_tokens, args.method,
-    )  # fmt: skip
+        targets(args.targets),
+        args.rank,
+        args.dtype,
+        args.prompts * args.samples,
+        args.rows_per_rollout,
+        args.rows_per_backward,
+        args.tokens,
+        args.max_new_tokens,
+        args.objective,
+        args.kl_estimator,
+    )
     result = plan(local_folder(args.model), settings)
     result["seconds"] = None
     if args.tflops is not None:
         result["seconds"] = {k: v / (args.tflops * 1e12) for k, v in result["flops"].items()}
-    facts = {
-        "model": args.model, "targets": args.targets, "rank": args.rank, "dtype": args.dtype,
-        "method": args.method, "batch": args.batch, "rows": settings.all_rows,
-        "tokens": args.tokens, "answer_tokens": settings.new, "tflops": args.tflops,
-    }  # fmt: skip
-    return {**facts, **result}
+    answer = settings.new
+    facts = {**dataclasses.asdict(settings), "max_new_tokens": answer, "tflops": args.tflops}
+    return {"model": args.model, **facts, **result}
 
 
 def show(result: dict[str, Any]) -> str:
@@ -38,15 +47,16 @@ def show(result: dict[str, Any]) -> str:
     lines = [
         f"{result['model']}: {result['parameters']:,} parameters; {result['layers']} matrices "
         f"adapted, {result['values']:,} values of z",
-        f"{result['method']}, {result['batch']} rows of {result['tokens']} tokens at once, "
-        f"{result['answer_tokens']} of them the answer",
+        f"{result['objective']}, KL {result['kl']}, {result['rows']} rows a step of "
+        f"{result['tokens']} tokens, {result['max_new_tokens']} of them the answer; at once "
+        f"{result['rows_per_rollout']} in a rollout, {result['rows_per_backward']} in a gradient",
         "memory, GiB",
         *(_row(name, of[name]) for name in ("weights", "factors", "z and optimiser")),
         *(_row(f"activations, {how}", size) for how, size in of["activations"].items()),
         *(_row(f"rollout, {name}", size) for name, size in of["rollout"].items()),
         "peak of each phase, GiB (without fragmentation and what CUDA itself takes)",
         *(_row(name, size) for name, size in result["peak"].items()),
-        f"arithmetic of a step of {result['rows']} rows, TFLOP",
+        "arithmetic of a step, TFLOP",
     ]
     seconds = result["seconds"]
     for name, flops in result["flops"].items():

@@ -23,7 +23,9 @@ def checkpointed(model: Any, wanted: bool) -> Iterator[None]:
             f"gradient_checkpointing: {type(model).__name__} does not support it; turn it off and "
             "lower rows_per_backward instead"
         )
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # transformers 5 renamed them; the old names warn.
+    named = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{named}_checkpointing_enable")({"use_reentrant": False})
     deciding = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     modes = [module.training for module in deciding]
     for module in deciding:
@@ -33,4 +35,4 @@ def checkpointed(model: Any, wanted: bool) -> Iterator[None]:
     finally:
         for module, mode in zip(deciding, modes, strict=True):
             module.training = mode
-        model.gradient_checkpointing_disable()
+        getattr(model, f"{named}_checkpointing_disable")()

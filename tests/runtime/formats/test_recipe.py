@@ -31,7 +31,9 @@ def test_the_recipe(
         found: dict[str, Any] = json.loads(out)
         return found
 
-    planned = call("plan", folder, "--targets", "mlp", "--batch", "4", "--tokens", "16")
+    planned = call(
+        "plan", folder, "--targets", "mlp", "--prompts", "2", "--samples", "2", "--tokens", "16"
+    )
     made = call("decompose", folder, "--out", factors, "--targets", "mlp")
     assert made["weights"] == planned["layers"] == 6
     common = ("--targets", "mlp", "--factors", factors)
