@@ -1,23 +1,119 @@
-"""A task by its name on the command line: a generated one, or a JSON-lines file."""
+"""A task by its name: generated, known with data of the user's, a JSON-lines file, or the category
+of other tasks' questions.
+"""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from t2runtime import rewards, tasks
-from t2runtime.tasks import ByAnswer, Source
-from t2runtime.tasks.jsonl import JsonLines
+from t2runtime.tasks import (
+    ByAnswer,
+    Source,
+    arc,
+    banking77,
+    competition_math,
+    gsm8k,
+    humaneval,
+    jsonl,
+    mbpp,
+)
+from t2runtime.tasks.files import Data, OnBadLines
+
+#: Tasks that read data, by name: load(data, extract=..., on_bad_lines=...) -> source.
+KNOWN: dict[str, Callable[..., Source]] = {
+    gsm8k.NAME: gsm8k.load,
+    mbpp.NAME: mbpp.load,
+    **{name: partial(arc.load, name) for name in arc.NAMES},
+    competition_math.NAME: competition_math.load,
+    humaneval.NAME: humaneval.load,
+    banking77.NAME: banking77.load,
+}
+#: Tasks whose answers are programs: they are run, and nothing is extracted.
+PROGRAMS = (mbpp.NAME, humaneval.NAME)
+#: "category:gsm8k+mbpp" asks for the category of questions of these tasks.
+OF_SEVERAL = "category:"
 
 
-def source(name: str, *, data: str | Path | None = None, extract: str | None = None) -> Source:
-    """The source of problems called `name`: "add", "category", ..., or a path that ends in
-    .jsonl. `extract` names the way answers are read, where it is not the task's own.
+def source(
+    name: str,
+    *,
+    data: Data | None = None,
+    extract: str | None = None,
+    on_bad_lines: OnBadLines = "error",
+) -> Source:
+    """The source of problems called `name`.
+
+    A generated task ("add", "category", ...); a known one ("gsm8k", "mbpp", ...) with `data`, a
+    local file or folder or "hf://owner/name"; a path that ends in .jsonl; or "category:gsm8k+mbpp"
+    with `data`, a folder that holds one of the same name for each. `extract` names the way answers
+    are read where it is not to be the task's own.
     """
     if extract is not None and extract not in rewards.EXTRACTORS:
-        raise ValueError(f"extract must be one of {', '.join(rewards.EXTRACTORS)}, got {extract!r}")
-    grader = tasks.EXACT if extract is None else ByAnswer(rewards.EXTRACTORS[extract])
+        known = ", ".join(rewards.EXTRACTORS)
+        raise ValueError(f"extract must be one of {known}, got {extract!r}")
+    reads = None if extract is None else rewards.EXTRACTORS[extract]
     if name.endswith(".jsonl"):
-        return JsonLines(Path(name), grader)
+        if data is not None:
+            raise ValueError(f"task {name!r} is itself the data, got data={str(data)!r} besides")
+        return jsonl.load(Path(name).stem, name, extract=reads, on_bad_lines=on_bad_lines)
+    if name in KNOWN or name.startswith(OF_SEVERAL):
+        if data is None:
+            raise ValueError(
+                f"task {name!r} needs its data: give the file or folder (data=, or --data)"
+            )
+        if name in KNOWN:
+            return _known(name, data, reads, on_bad_lines)
+        if extract is not None:
+            raise ValueError(f"task {name!r} reads answers as pass 1 does; leave out extract")
+        return _categories(name[len(OF_SEVERAL) :].split("+"), data, on_bad_lines)
+    generated = (*tasks.CATEGORIES, tasks.category.NAME)
+    if name not in generated:
+        names = [*generated, *KNOWN]
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"task must be one of {', '.join(names)}, or a path that ends in .jsonl, "
+            f"got {name!r}.{hint}"
+        )
     if data is not None:
         raise ValueError(f"task {name!r} is generated and reads no data, got data={str(data)!r}")
-    return tasks.Generated(name, grader=grader)
+    return tasks.Generated(name, grader=tasks.EXACT if reads is None else ByAnswer(reads))
+
+
+def _known(
+    name: str, data: Data, extract: rewards.Extract | None, on_bad_lines: OnBadLines
+) -> Source:
+    options: dict[str, Any] = {"on_bad_lines": on_bad_lines}
+    if name in PROGRAMS:
+        if extract is not None:
+            raise ValueError(f"task {name!r} runs answers as programs; leave out extract")
+        return KNOWN[name](data, **options)
+    return KNOWN[name](data, extract=extract, **options)
+
+
+def _categories(names: list[str], data: Data, on_bad_lines: OnBadLines) -> Source:
+    """Category questions; see `CategorySource`."""
+    # They import training, which asks this module for nothing.
+    from t2runtime.adapt.classifier import CategorySource
+    from t2runtime.adapt.prompt import Categories
+
+    unknown = [name for name in names if name not in KNOWN]
+    if unknown or len(set(names)) < 2:
+        raise ValueError(
+            f"'{OF_SEVERAL}' must be followed by two or more of {', '.join(KNOWN)}, joined by '+', "
+            f"got {', '.join(unknown or names)}"
+        )
+    folder = Path(data).expanduser()
+    parts: dict[str, Source] = {}
+    for name in names:
+        spellings = [folder / name, folder / name.replace("-", "_")]
+        place = next((path for path in spellings if path.is_dir()), None)
+        if place is None:
+            raise ValueError(f"data {str(data)!r} must hold a folder {name!r}, it does not")
+        parts[name] = _known(name, place, None, on_bad_lines)
+    return CategorySource(parts, Categories(tuple(names)))

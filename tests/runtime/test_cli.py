@@ -222,7 +222,7 @@ def test_data_without_test_lines_is_refused_first(
     data.write_text("\n".join(json.dumps(r) for r in rows if split_of(r["prompt"]) != "test"))
     out = tmp_path / "new" / "e.safetensors"
     code, _, err = call(capsys, "train", "small", "--task", str(data), "--out", str(out))
-    assert code == 2 and "no test lines" in err and len(err.splitlines()) == 1
+    assert code == 2 and "no test problems" in err and len(err.splitlines()) == 1
     assert not out.parent.exists()
 
 

@@ -7,7 +7,6 @@ import pytest
 from t2runtime import tasks
 from t2runtime.adapt.prompt import SMALL
 from t2runtime.sources import source
-from t2runtime.tasks.jsonl import JsonLines
 
 ALL = [*tasks.SKILLS.values(), tasks.OTHER]
 
@@ -98,4 +97,4 @@ def test_jsonl_says_which_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "x", "answer": "y"}\n' + line)
     with pytest.raises(ValueError, match="line 2: expected"):
-        JsonLines(path)
+        source(str(path))

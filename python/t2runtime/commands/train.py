@@ -28,8 +28,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train, measure base and expert on the test split, save the expert with its facts."""
     out, cfg = Path(args.out), settings(args)
     _check_out(out, args.method)
-    bad_lines = {"on_bad_lines": "skip"} if args.skip_bad_lines else {}
-    problems = source(args.task, data=args.data, extract=args.extract, **bad_lines)
+    problems = source(
+        args.task,
+        data=args.data,
+        extract=args.extract,
+        on_bad_lines="skip" if args.skip_bad_lines else "error",
+    )
     # Asked for now, so that a file without such lines is refused before anything is trained.
     for split in ("train", "validation"):
         problems(1, split, cfg.seed)

@@ -1,0 +1,463 @@
+"""Tasks that read data: on made-up rows, and on the real sets where they are at hand."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import random
+import sys
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from t2runtime import sandbox
+from t2runtime.adapt.classifier import CategorySource
+from t2runtime.sandbox import Limits
+from t2runtime.sources import KNOWN, source
+from t2runtime.tasks import Problem, arc, competition_math, gsm8k, humaneval, mbpp
+from t2runtime.tasks.files import FileSource, load
+from t2runtime.tasks.programs import ByTests
+
+DATA = Path(os.environ.get("T2_DATA", Path(__file__).parents[3] / "shared" / "data"))
+PATIENT = Limits(seconds=60)
+
+
+def real(name: str) -> Path:
+    """The folder of a real data set."""
+    if not (DATA / name).is_dir():
+        pytest.skip(f"{name} is not beside the checkout")
+    return DATA / name
+
+
+@pytest.fixture
+def _runs_programs() -> None:
+    if sys.platform != "linux" or sandbox.isolation().level == "none":
+        pytest.skip("programs cannot be isolated here")
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    """JSON lines; text goes in as it is."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def words(count: int, start: int = 0) -> list[dict[str, str]]:
+    return [
+        {"question": f"{i} + 1?", "answer": f"It is {i + 1}.\n#### {i + 1:,}"}
+        for i in range(start, start + count)
+    ]
+
+
+def made(task: FileSource, split: Any) -> set[str]:
+    return {problem.prompt for problem in task(10_000, split, 0)}
+
+
+def test_a_folder_gives_its_own_splits(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", words(200))
+    write(tmp_path / "test.jsonl", words(50, start=190))
+    task = gsm8k.load(tmp_path)
+    train, validation, test = (made(task, s) for s in ("train", "validation", "test"))
+    assert len(test) == 50, "the test file as it is"
+    assert not train & test and not validation & test, "ten training rows are test questions"
+    assert not train & validation and len(train) + len(validation) == 190
+    assert 8 < len(validation) < 35
+    write(tmp_path / "validation.jsonl", words(5, start=500))
+    task = gsm8k.load(tmp_path)
+    assert task.size("validation") == 5 and task.size("train") == 190
+
+
+def test_one_file(tmp_path: Path) -> None:
+    whole = gsm8k.load(write(tmp_path / "all.jsonl", words(100)))
+    assert sum(whole.size(split) for split in ("train", "validation", "test")) == 100
+    assert whole.size("test") > 2
+    only_test = gsm8k.load(write(tmp_path / "test.jsonl", words(100)))
+    assert only_test.size("test") == 100
+    with pytest.raises(ValueError, match="no train problems"):
+        only_test(1, "train", 0)
+
+
+def test_draws(tmp_path: Path) -> None:
+    task = gsm8k.load(write(tmp_path / "all.jsonl", words(100)))
+    assert task(9, "train", 1) == task(9, "train", 1) != task(9, "train", 2)
+    drawn = [p.prompt for p in task(20, "train", 3)]
+    assert len(set(drawn)) == 20, "none twice while there are enough"
+    assert len(task(500, "train", 3)) == 500
+    first, more = task(3, "test", 0), task(5, "test", 9)
+    assert more[:3] == first, "a larger sample holds the smaller one"
+    with pytest.raises(ValueError, match="split must be one of"):
+        task(1, "dev", 0)  # type: ignore[arg-type]
+
+
+def broken(tmp_path: Path) -> Path:
+    rows: list[Any] = [*words(40), "{", "[1]", {"question": "?"}, {"question": "?", "answer": "4"}]
+    rows += [{"question": "?", "answer": "#### four"}, {"question": 3, "answer": "#### 4"}]
+    return write(tmp_path / "some.jsonl", rows)
+
+
+def test_broken_lines_are_errors_that_name_them(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"some.jsonl, line 41: expected one JSON.*on_bad_lines"):
+        gsm8k.load(broken(tmp_path))
+    with pytest.raises(ValueError, match="'error' or 'skip'"):
+        gsm8k.load(broken(tmp_path), on_bad_lines="ignore")  # type: ignore[arg-type]
+
+
+def test_broken_lines_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    task = gsm8k.load(broken(tmp_path), on_bad_lines="skip")
+    assert task.skipped == 6
+    assert "6 broken lines left out" in caplog.text and "line 41" in caplog.text
+    assert sum(task.size(split) for split in ("train", "validation", "test")) == 40
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(json.dumps(words(1)[0]).encode() + b'\n{"question": "\xff"}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        gsm8k.load(path)
+    (tmp_path / "x.csv").write_bytes(b"text,category\na,b\n\xff,b\n")
+    with pytest.raises(ValueError, match="line 3"):
+        source("banking77", data=tmp_path / "x.csv")
+    (tmp_path / "x.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(ValueError, match="not a gzip file"):
+        gsm8k.load(tmp_path / "x.jsonl.gz")
+    (tmp_path / "x.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="expected an array"):
+        gsm8k.load(tmp_path / "x.json")
+
+
+def test_no_data(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file or folder"):
+        gsm8k.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="must hold train and test"):
+        gsm8k.load(tmp_path)
+    with pytest.raises(ValueError, match="at least one problem"):
+        gsm8k.load(write(tmp_path / "x.jsonl", []))
+
+
+def test_the_hub_through_datasets_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="pip install datasets"):
+        source("gsm8k", data="hf://openai/gsm8k:main")
+    asked: list[tuple[str, ...]] = []
+
+    def load_dataset(*names: str) -> dict[str, list[dict[str, str]]]:
+        asked.append(names)
+        return {"train": words(30), "test": words(5, start=30)}
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    task = source("gsm8k", data="hf://openai/gsm8k:main")
+    assert asked == [("openai/gsm8k", "main")]
+    assert len(task(99, "test", 0)) == 5
+
+
+def test_which_task() -> None:
+    assert source("add").name == "add"
+    with pytest.raises(ValueError, match="Did you mean 'gsm8k'"):
+        source("gsm8")
+    with pytest.raises(ValueError, match="'gsm8k' needs its data"):
+        source("gsm8k")
+    with pytest.raises(ValueError, match="reads no data"):
+        source("add", data="x")
+    with pytest.raises(ValueError, match="extract must be one of"):
+        source("add", extract="letters")
+    with pytest.raises(ValueError, match="leave out extract"):
+        source("mbpp", data="x", extract="number")
+
+
+def test_another_extractor(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i}", "answer": f"{i:,}.0"} for i in range(2000, 2060)]
+    path = write(tmp_path / "mine.jsonl", rows)
+    problem = Problem("q", "2,000.0", "mine")
+    assert source(str(path), extract="number").grade([problem], ["about 2000"]) == [True]
+    assert source(str(path)).grade([problem], ["about 2000"]) == [False]
+    with pytest.raises(ValueError, match="line 1: expected an answer that can be read"):
+        source(
+            str(write(tmp_path / "x.jsonl", [{"prompt": "q", "answer": "none"}])), extract="number"
+        )
+
+
+def test_gsm8k_grades(tmp_path: Path) -> None:
+    problem = gsm8k.read(
+        {"question": " How many? ", "answer": "12*100=<<12*100=1200>>\n#### 1,200"}
+    )
+    assert problem.answer == "1200" and "Question: How many?\n" in problem.prompt
+    task = gsm8k.load(write(tmp_path / "test.jsonl", words(3)))
+    replies = ["#### 1200", "1,200.00 apples", "#### 1200\n\nQuestion: 3?\n#### 3", "#### 12", ""]
+    assert task.grade([problem] * 5, replies) == [True, True, True, False, False]
+
+
+ORIGINAL = {
+    "id": "1",
+    "question": {
+        "stem": "Which flies?",
+        "choices": [{"text": "stone", "label": "1"}, {"text": "bird", "label": "2"}],
+    },
+    "answerKey": "2",
+}
+COLUMNS = {
+    "question": "Which flies?",
+    "choices": {"text": ["stone", "bird"], "label": ["A", "B"]},
+    "answerKey": "B",
+}
+INSTRUCTION = {
+    "instruction": "Please choose the correct answer to the question: Which flies?\n\n"
+    "Answer1: stone Answer2: bird\n\nAnswer format: answer1/answer2",
+    "answer": "answer2",
+}
+
+
+@pytest.mark.parametrize("row", [ORIGINAL, COLUMNS, INSTRUCTION], ids=["json", "hub", "text"])
+def test_arc_layouts_become_one(row: dict[str, Any], tmp_path: Path) -> None:
+    problem = arc.reader("arc-easy")(row)
+    assert problem == Problem(arc.render("Which flies?", ["stone", "bird"]), "B", "arc-easy")
+    task = source("arc-easy", data=write(tmp_path / "test.jsonl", [row]))
+    replies = [" B", "2", "The answer is (b).", "answer2", "B. bird", "A", "stone"]
+    assert task.grade([problem] * 7, replies) == [True] * 5 + [False] * 2
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        COLUMNS | {"answerKey": "E"},
+        COLUMNS | {"choices": {"text": ["one"], "label": ["B"]}},
+        INSTRUCTION | {"answer": "answer3"},
+        {"question": "Which?"},
+    ],
+)
+def test_arc_refuses(row: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="line 1: "):
+        source("arc-easy", data=write(tmp_path / "test.jsonl", [row]))
+
+
+def test_math(tmp_path: Path) -> None:
+    rows = [
+        {"problem": "1/2+1/4?", "solution": r"So $\boxed{\dfrac{3}{4}}$.", "level": "Level 1",
+         "type": "Prealgebra"},
+        {"problem": "Area?", "solution": r"first \boxed{1}, so \boxed{12\text{ cm}^2}",
+         "level": "Level 2", "type": "Geometry"},
+        {"problem": "Pair?", "answer": r"\left(1, \frac12\right)", "subject": "Algebra"},
+    ]  # fmt: skip
+    task = source("math", data=write(tmp_path / "test.jsonl", rows))
+    problems = [competition_math.read(row) for row in rows]
+    assert [p.answer for p in problems] == [r"\boxed{0.75}", r"\boxed{12}", r"\boxed{(1,0.5)}"]
+    right = [r"\boxed{0.75}", r"$\boxed{12}$ square", r"\boxed{(1,\tfrac{1}{2})}"]
+    assert task.grade(problems, right) == [True] * 3
+    assert task.grade(problems, ["0.75", r"\boxed{13}", r"\boxed{(0.5,1)}"]) == [False] * 3
+    with pytest.raises(ValueError, match="line 1: expected .boxed"):
+        source("math", data=write(tmp_path / "x.jsonl", [{"problem": "?", "solution": "4"}]))
+
+
+def add_row(task_id: int) -> dict[str, Any]:
+    return {
+        "task_id": task_id, "text": f"Add {task_id}.", "code": "def add(a, b):\r\n  return a + b",
+        "test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"], "test_setup_code": "",
+    }  # fmt: skip
+
+
+def test_mbpp_split_is_the_data_sets_own(tmp_path: Path) -> None:
+    rows = [add_row(i) for i in (1, 10, 11, 510, 511, 600, 601, 974)]
+    task = mbpp.load(write(tmp_path / "mbpp.jsonl", rows))
+    for split, ids in (("test", (11, 510)), ("validation", (511, 600)), ("train", (601, 974))):
+        assert {p.split("\n")[0] for p in made(task, split)} == {f"Add {i}." for i in ids}
+    with pytest.raises(ValueError, match="no test"):
+        mbpp.load(write(tmp_path / "train.jsonl", [add_row(601)]))(1, "test", 0)
+
+
+PRO = {
+    "raw_problem": "Add two numbers.", "raw_solution": "def add(a, b):\n    return a + b",
+    "new_problem": "Add three numbers.",
+    "new_solution": "def add3(a, b, c):\n    return add(add(a, b), c)",
+    "test_code": "assert add3(1, 2, 3) == 6\nassert add3(0, 0, 0) == 0",
+}  # fmt: skip
+PLUS = {
+    "task_id": 2, "prompt": "Add.", "code": "def add(a, b):\n    return a + b", "test_imports": [],
+    "test_list": ["assert add(1, 2) == 3"],
+    "test": "import math\nfor a, b in [(1, 2), (3, 4)]:\n    assert math.isclose(add(a, b), a + b)",
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("_runs_programs")
+def test_mbpp_layouts() -> None:
+    grader = ByTests(limits=PATIENT, workers=2)
+    classic, pro, plus = mbpp.read(add_row(601)), mbpp.read(PRO), mbpp.read(PLUS | {"task_id": "x"})
+    assert (classic.answer, pro.answer, plus.answer) == ("add", "add3", "add")
+    assert "assert add(1, 2) == 3" in classic.prompt and "raw" not in pro.prompt
+    good = "Here:\n```python\ndef add(a, b):\n    return b + a\n```"
+    both = f"```python\n{PRO['raw_solution']}\n{PRO['new_solution']}\n```"
+    listed_only = "```python\ndef add(a, b):\n    return 3\n```"
+    problems = [classic, pro, plus, plus, classic, classic]
+    replies = [good, both, good, listed_only, "I do not know.", ""]
+    assert grader.grade(problems, replies) == [True, True, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"test_list": []}, {"test_list": "assert"}, {"test_list": ["assert ("]}, {"code": ""},
+     {"test_setup_code": 3}, {"text": None}],
+)  # fmt: skip
+def test_mbpp_refuses(change: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="line 1: expected"):
+        mbpp.load(write(tmp_path / "mbpp.jsonl", [add_row(11) | change]))
+
+
+HUMAN = {
+    "task_id": "HumanEval/0",
+    "prompt": "import math\n\n\ndef twice(x):\n    return 2 * x\n\n\n"
+    "def area(r):\n    '''Of a circle.'''\n",
+    "entry_point": "area",
+    "canonical_solution": "    return math.pi * r * r\n",
+    "test": "def check(candidate):\n    assert twice(3) == 6\n"
+    "    assert abs(candidate(1) - 3.14) < 0.01\n",
+}
+
+
+@pytest.mark.usefixtures("_runs_programs")
+def test_humaneval_layouts(tmp_path: Path) -> None:
+    task = humaneval.load(write(tmp_path / "HumanEval.jsonl", [HUMAN]))
+    (problem,) = task(10, "test", 0)
+    assert problem.prompt == HUMAN["prompt"]
+    with pytest.raises(ValueError, match="no train problems"):
+        task(1, "train", 0)
+    body = HUMAN["canonical_solution"]
+    replies = [
+        body,
+        body + "\nprint(area(2))\n\ndef more(): pass\n",
+        f"```python\n{HUMAN['prompt']}{body}```",
+        "Sure.\n```python\ndef area(q):\n    return 3.14 * q ** 2\n```",
+        "return math.pi * r * r",
+        f"```python\n{body}```",
+        "    return 3.5\n",
+        "def twice(x): return 6\ndef area(r): return 3",
+        "",
+    ]
+    assert task.grade([problem] * 9, replies) == [True] * 6 + [False] * 3
+
+
+def test_humaneval_refuses(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="to define 'volume'"):
+        humaneval.load(write(tmp_path / "x.jsonl", [HUMAN | {"entry_point": "volume"}]))
+
+
+def test_banking(tmp_path: Path) -> None:
+    for name, count in (("train", 40), ("test", 6)):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "category"])
+            writer.writerows(
+                [f'{name} "{i}",\nsecond line', ("card_lost", "top_up?")[i % 2]]
+                for i in range(count)
+            )
+    task = source("banking77", data=tmp_path)
+    (problem, *_) = task(6, "test", 0)
+    assert "card_lost, top_up?" in problem.prompt and "second line" in problem.prompt
+    problem = Problem("q", "card_lost", "banking77")
+    assert task.grade([problem] * 3, [" Card lost.\nBecause", "card_lost", "top_up"]) == [
+        True, True, False,
+    ]  # fmt: skip
+    (tmp_path / "train.csv").write_text("text,category\na,b\na,b,c\n")
+    with pytest.raises(ValueError, match=r"train.csv, line 3: expected 2 fields, got 3"):
+        source("banking77", data=tmp_path)
+
+
+def test_category_of_several_tasks(tmp_path: Path) -> None:
+    for name, rows in (("gsm8k", words(60)), ("arc_easy", [
+        COLUMNS | {"question": f"Which of {i} flies?"} for i in range(60)
+    ])):  # fmt: skip
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "train.jsonl", rows)
+    task = source("category:gsm8k+arc-easy", data=tmp_path)
+    assert isinstance(task, CategorySource)
+    drawn = task(20, "train", 0)
+    assert {p.answer for p in drawn} == {"gsm8k", "arc-easy"}
+    assert task.grade(drawn, [p.answer for p in drawn]) == [True] * 20
+    assert task.grade(drawn[:1], ["something else"]) == [False]
+    for name, said in (("gsm8k", "two or more"), ("gsm8k+gsm", "got gsm"),
+                       ("gsm8k+mbpp", "must hold a folder 'mbpp'")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            source(f"category:{name}", data=tmp_path)
+
+
+def test_a_reader_that_fails_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", [{"a": 1}])
+    with pytest.raises(ValueError, match="line 1: no field 'prompt'"):
+        load("mine", path, lambda row: Problem(row["prompt"], "", ""), max_new_tokens=1)
+
+
+# The real sets.
+
+
+def test_all_of_gsm8k() -> None:
+    folder = real("gsm8k")
+    task = gsm8k.load(folder)
+    assert task.size("test") == 1319 and task.size("train") + task.size("validation") == 7473
+    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    problems = [gsm8k.read(row) for row in rows]
+    assert all(task.grade(problems, [row["answer"] for row in rows]))
+    for row, problem in zip(rows, problems, strict=True):
+        assert float(problem.answer) == float(row["answer"].split("#### ")[1].replace(",", ""))
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "test"),
+    [("arc-easy", 2251, 2376), ("arc-challenge", 1119, 1172), ("openbookqa", 4957, 500)],
+)
+def test_all_of_arc(name: str, train: int, test: int) -> None:
+    task = source(name, data=real(name.replace("-", "_")))
+    assert isinstance(task, FileSource) and task.skipped == 0
+    assert task.size("test") == test
+    assert train - 5 <= task.size("train") + task.size("validation") <= train, "no test question"
+    problems = task(test, "test", 0)
+    assert {p.answer for p in problems} >= set("ABCD")
+    lines = (
+        next(line for line in p.prompt.splitlines() if line.startswith(f"{p.answer}. "))
+        for p in problems
+    )
+    assert all(task.grade(problems, list(lines))), "the right line of the prompt is right"
+
+
+def test_all_of_banking() -> None:
+    task = source("banking77", data=real("banking77"))
+    problems = task(5000, "test", 0)
+    assert len(problems) > 3000 and len({p.answer for p in problems}) == 77
+    assert all(f", {p.answer}" in p.prompt or f"\n{p.answer}," in p.prompt for p in problems)
+
+
+@pytest.mark.usefixtures("_runs_programs")
+def test_references_of_mbpp_pass() -> None:
+    path = real("mbpp") / "mbpp.jsonl"
+    task = mbpp.load(path)
+    assert [task.size(split) for split in ("train", "validation", "test")] == [374, 90, 500]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    # Some with classes and a tree built by the tests' setup among them.
+    chosen = random.Random(0).sample(rows, 18) + [r for r in rows if r["test_setup_code"]][:2]
+    problems = [mbpp.read(row) for row in chosen]
+    grader = ByTests(limits=PATIENT)
+    assert all(grader.grade(problems, [f"```python\n{row['code']}\n```" for row in chosen]))
+    shifted = [f"```python\n{row['code']}\n```" for row in chosen[1:] + chosen[:1]]
+    assert not any(grader.grade(problems[:5], shifted[:5]))
+
+
+@pytest.mark.usefixtures("_runs_programs")
+def test_references_of_humaneval_pass() -> None:
+    path = real("humaneval") / "HumanEval.jsonl.gz"
+    rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    assert humaneval.load(path).size("test") == len(rows) == 164
+    # 32, 38 and 50 use functions of the prompt in their tests.
+    chosen = [rows[i] for i in (0, 32, 38, 50, 64, 80, 99, 120, 140, 163)]
+    grader = ByTests(humaneval.assemble, PATIENT)
+    problems = [humaneval.read(row) for row in chosen]
+    assert all(grader.grade(problems, [row["canonical_solution"] for row in chosen]))
+    assert not any(grader.grade(problems[:4], ["    return None\n"] * 4))
+
+
+def test_every_known_task_was_tested() -> None:
+    assert set(KNOWN) == {
+        "gsm8k", "mbpp", "arc-easy", "arc-challenge", "openbookqa", "math", "humaneval",
+        "banking77",
+    }  # fmt: skip
+    assert zlib.crc32(b"37+48") % 10 > 1, "the rule of the splits"
