@@ -17,6 +17,24 @@ from t2runtime import rewards
         ("+8 points", "8"),
         ("12 apples and 30 pears", "30"),
         ("1,23", "23"),
+        ("\u22125 degrees", "-5"),
+        ("5\u20137", "7"),
+        ("-$5.50", "-5.5"),
+        ("costs \\$1,200 in all", "1200"),
+        ("\u20ac 3", "3"),
+        ("45%", "45"),
+        ("1.5e3 meters", "1500"),
+        ("2E-2", "0.02"),
+        ("1e999999999", "1"),
+        ("3/4 of it", "0.75"),
+        ("-7/3.", "-7/3"),
+        ("1/0", "0"),
+        (".5", "0.5"),
+        ("1{,}234", "1234"),
+        ("12\u202f345", "12345"),
+        ("1,234,56", "56"),
+        ("version2", None),
+        ("(3)-5", "5"),
         ("no digits", None),
         ("", None),
     ],
@@ -27,10 +45,169 @@ def test_number(completion: str, answer: str | None) -> None:
 
 @pytest.mark.parametrize(
     ("completion", "answer"),
-    [("(C)", "C"), ("B", "B"), ("2", "B"), ("A or rather D.", "D"), ("Cat", None), ("9", None)],
+    [
+        ("(C)", "C"),
+        ("B", "B"),
+        ("2", "B"),
+        ("A or rather D.", "D"),
+        ("The answer is (C)", "C"),
+        ("the answer is c.", "C"),
+        ("The correct answer is **B**", "B"),
+        ("Answer: 3", "C"),
+        ("the correct answer is answer4", "D"),
+        ("C. A planet in a cold place", "C"),
+        ("A) it rains", "A"),
+        ("B because a spider has 8 legs", "B"),
+        ("I think it is D", "D"),
+        ("Option A is wrong. The answer is D", "D"),
+        ("$\\boxed{\\text{(B)}}$", "B"),
+        ("Not (A), not (B): (D)", "D"),
+        ("a planet", None),
+        ("A planet rotates", None),
+        ("The answer is a planet", None),
+        ("3.5 degrees", None),
+        ("12", None),
+        ("Cat", None),
+        ("9", None),
+        ("", None),
+    ],
 )
 def test_choice(completion: str, answer: str | None) -> None:
     assert rewards.choice(completion) == answer
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("2 + 3 = 5\n#### 5 apples, not 6", "5"),
+        ("#### 1,234.00\n\nQuestion: 7?\n#### 8", "1234"),
+        ("#### -$5", "-5"),
+        ("#### nothing, 5", "5"),
+        ("####", None),
+        ("so \\boxed{12} of 30", "12"),
+        ("so 12 of 30.", "30"),
+    ],
+)
+def test_final_number(completion: str, answer: str | None) -> None:
+    assert rewards.final_number(completion) == answer
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (r"\frac{1}{2}", r"\dfrac12"),
+        (r"\frac{1}{2}", "0.5"),
+        (r"\frac{1}{2}", "1/2"),
+        (r"-\frac{1}{2}", r"\frac{-1}{2}"),
+        (r"1\frac12", "1.50"),
+        (r"\frac{10}{4}", r"\tfrac{5}{2}"),
+        (r"\frac{1}{3}", r"\frac{2}{6}"),
+        ("1,234,567", r"1{,}234{,}567"),
+        ("1234", r"1,\!234"),
+        ("12", r"12\text{ cm}^2"),
+        ("12", r"12\,\mathrm{cm}^{2}"),
+        ("12", "12 square inches"),
+        ("12", r"\$12.00"),
+        ("90", r"90^\circ"),
+        ("90", r"90^{\circ}"),
+        ("50", r"50\%"),
+        ("5", "x = 5"),
+        ("5", r"x \in 5"),
+        ("-3", "\u22123"),
+        (".25", "0.25"),
+        ("(1,2)", r"\left( 1, 2 \right)"),
+        (r"(\frac12,-3)", "(0.5, -3.0)"),
+        (r"[0,\infty)", r"[0, \infty)"),
+        (r"\text{even}", "even"),
+        (r"\text{Tuesday}.", "Tuesday"),
+        (r"\sqrt2", r"\sqrt{2}"),
+        (r"2\sqrt{3}", r"2 \sqrt 3"),
+        (r"\frac{\sqrt{3}}{2}", r"\dfrac{\sqrt3}{2}"),
+        ("x^2+1", "x^2 + 1"),
+    ],
+)
+def test_boxed_answers_that_are_the_same(one: str, other: str) -> None:
+    first, second = (rewards.boxed("It is $\\boxed{" + text + "}$.") for text in (one, other))
+    assert first == second is not None
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("1", "-1"), ("12", "1,2"), ("(1,2)", "(2,1)"), ("3x", "3"), (r"\sqrt{2}", "2"), ("x", "X"),
+     (r"\frac{1}{2}", r"\frac{2}{1}"), ("[1,2)", "(1,2)"), ("2^3", "23"), ("even", "odd")],
+)  # fmt: skip
+def test_boxed_answers_that_differ(one: str, other: str) -> None:
+    assert rewards.boxed(f"\\boxed{{{one}}}") != rewards.boxed(f"\\boxed{{{other}}}")
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        (r"\boxed{1} or rather \boxed{2}", "2"),
+        (r"\boxed{\frac{\sqrt{a+\sqrt{b}}}{c_{1}}}", r"\frac{\sqrt{a+\sqrt{b}}}{c_{1}}"),
+        (r"\boxed{\{1, 2\}}", r"\{1,2\}"),
+        (r"\fbox{7}", "7"),
+        (r"\boxed 7", "7"),
+        (r"\boxed{7", None),
+        (r"\boxed{3} and \boxed{7", "3"),
+        (r"\boxed{}", None),
+        (r"\boxed", None),
+        ("7", None),
+        (r"\boxed{" + "9" * 5000 + "}", "9" * 5000),
+        (r"\boxed{1/0}", "1/0"),
+    ],
+)
+def test_boxed(completion: str, answer: str | None) -> None:
+    assert rewards.boxed(completion) == answer
+
+
+F = "def f(x):\n    return x\n"
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        F,
+        f"Sure!\n```python\n{F}```\nIt returns x.",
+        f"```py\n{F}```",
+        f"```Python3 title=a.py\n{F}```",
+        f"```\n{F}```",
+        f"~~~python\n{F}~~~",
+        f"````python\n{F}````",
+        f"```python\n{F}",
+        f"{F}```\nThat is all.",
+        f"```bash\npip install x\n```\n```python\n{F}```",
+        f"```python\nprint(f(1))\n```\n```python\n{F}```\n```python\nprint(f(2))\n```",
+        f"```python\r\n{F}```".replace("\n", "\r\n").replace("\r\r", "\r"),
+        f"[BEGIN]\n{F}[DONE]\nmore",
+    ],
+)
+def test_code(completion: str) -> None:
+    found = rewards.code(completion, "f")
+    assert found is not None and found.strip() == F.strip()
+
+
+def test_no_code() -> None:
+    assert rewards.code(" \n") is None
+    assert rewards.code("```python\n```") is None
+    assert rewards.code("```python\nx = 1\n```") == "x = 1\n", "if none defines anything"
+    assert rewards.code("```\nf = len\n```\n", "f") == "f = len\n"
+
+
+def test_label() -> None:
+    assert rewards.label(" Card arrival.\nMore") == rewards.label("card_arrival") == "card_arrival"
+    assert rewards.label("why-verify identity") == "why_verify_identity"
+    assert rewards.label(" \n") is None
+
+
+@pytest.mark.parametrize("name", rewards.EXTRACTORS)
+def test_nothing_breaks_or_hangs(name: str) -> None:
+    extract = rewards.EXTRACTORS[name]
+    for text in ("", "\x00", "9" * 20_000, "-" * 5000, "1," * 5000, "{" * 5000, "(A" * 3000,
+                 "\\boxed{" * 500, "\\text{" * 500, "```" * 1000, "\u2212" * 99, "1/" * 2000,
+                 "answer " * 2000, "\\boxed{" + "\\text{" * 300 + "}" * 301,
+                 " " * 9000):  # fmt: skip
+        extract(text)
 
 
 def test_choices_keyed_by_digits_match_letters() -> None:

@@ -1,0 +1,78 @@
+"""From a completion to a reward: answer extraction as pure functions, and the paper's reward of
+plus or minus one.
+
+Each extractor gives one form for everything that means the same, or None where there is no answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from t2runtime.rewards.choices import choice
+from t2runtime.rewards.code import code
+from t2runtime.rewards.formulas import boxed
+from t2runtime.rewards.numbers import final_number, number
+
+Extract = Callable[[str], str | None]
+
+
+def text(completion: str) -> str | None:
+    """The completion without the spaces around it; None if nothing is left.
+
+    >>> text(" 85 ")
+    '85'
+    """
+    return completion.strip() or None
+
+
+def label(completion: str) -> str | None:
+    """The first line that is not empty, as a label: lower case, words joined by underscores.
+
+    >>> label("Card arrival.")
+    'card_arrival'
+    """
+    lines = [line for line in completion.splitlines() if line.strip()]
+    words = lines[0].strip(" .,:;!*`'\"\t").lower().replace("-", "_").split() if lines else []
+    return "_".join(words) or None
+
+
+EXTRACTORS: dict[str, Extract] = {
+    "text": text,
+    "number": number,
+    "final-number": final_number,
+    "choice": choice,
+    "boxed": boxed,
+    "label": label,
+}
+
+
+def is_correct(completion: str, answer: str, extract: Extract = text) -> bool:
+    """Whether the completion's answer equals the expected one, both read in the same way."""
+    expected = extract(answer)
+    if expected is None:
+        raise ValueError(f"answer must contain an answer to compare with, got {answer!r}")
+    return extract(completion) == expected
+
+
+def reward_of(right: bool, wrong: float = -1.0) -> float:
+    """+1 for a right answer, `wrong` for any other (the paper's r; -0.1 in its vision runs).
+
+    >>> reward_of(True), reward_of(False), reward_of(False, wrong=-0.1)
+    (1.0, -1.0, -0.1)
+    """
+    return 1.0 if right else wrong
+
+
+__all__ = [
+    "EXTRACTORS",
+    "Extract",
+    "boxed",
+    "choice",
+    "code",
+    "final_number",
+    "is_correct",
+    "label",
+    "number",
+    "reward_of",
+    "text",
+]
