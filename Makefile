@@ -1,6 +1,8 @@
 # make test    lint, types and all tests on the installed package (own virtual environment)
 # make demo    train experts, answer a mixed batch in two passes; MODEL=path serves another model,
 #              EXPERT="a.safetensors b.safetensors" under these experts
+# make evidence  the method's claims on the small model: many training runs, resumable (an hour of two
+#              cores; STORIES=folder adds a model that tells stories, SEEDS=5)
 # make gpu     where a GPU is: build, test and benchmark with the Python that is there, no network
 # make build   compile the native module into the source tree, for work on it
 # make clean   remove everything the above have made
@@ -17,6 +19,8 @@ PHASE ?= all
 DRY_RUN ?= 0
 MODEL ?=
 EXPERT ?=
+STORIES ?=
+SEEDS ?= 5
 TESTS ?= tests
 WORKERS ?= 2
 
@@ -26,7 +30,7 @@ CONSTRAINTS := .ci/constraints.txt
 PIP := PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) PIP_CONSTRAINT=$(CONSTRAINTS) \
 	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 
-.PHONY: help test lint demo gpu build clean
+.PHONY: help test lint demo evidence gpu build clean
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
@@ -56,6 +60,11 @@ test: lint
 demo: install-demo
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/t2 demo --out $(OUT)/demo $(if $(MODEL),--model "$(MODEL)") \
 		$(foreach file,$(EXPERT),--expert "$(file)")
+
+evidence: install-demo
+	$(PIP) install -q ".[hf,peft,plot]"
+	$(BIN)/python -P -m t2runtime.evidence --out $(OUT)/evidence --seeds $(SEEDS) \
+		$(if $(STORIES),--stories "$(STORIES)")
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py --phase "$(PHASE)" --out "$(OUT)" $(if $(filter-out 0,$(DRY_RUN)),--dry-run)

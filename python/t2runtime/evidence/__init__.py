@@ -1,0 +1,1 @@
+"""Evidence: the claims of the method, tried on small models, over seeds and with intervals."""
