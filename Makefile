@@ -63,8 +63,9 @@ demo: install-demo
 
 evidence: install-demo
 	$(PIP) install -q ".[hf,peft,plot]"
-	$(BIN)/python -P -m t2runtime.evidence --out $(OUT)/evidence --seeds $(SEEDS) \
-		$(if $(STORIES),--stories "$(STORIES)")
+	mkdir -p $(OUT)/evidence
+	cd $(OUT)/evidence && $(abspath $(BIN))/python -m t2runtime.evidence --out . --seeds $(SEEDS) \
+		$(if $(STORIES),--stories "$(abspath $(STORIES))")
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py --phase "$(PHASE)" --out "$(OUT)" $(if $(filter-out 0,$(DRY_RUN)),--dry-run)
