@@ -211,6 +211,11 @@ def _runs(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
+def _run(model: Any, rows: int, tokens: int, logits: int, cache: bool) -> Any:
+    ids = _ids(rows, tokens)
+    return model(input_ids=ids, attention_mask=ids, use_cache=cache, logits_to_keep=logits)
+
+
 def _ids(rows: int, tokens: int) -> Tensor:
     return torch.zeros(rows, tokens, dtype=torch.long, device="meta")
 
@@ -222,10 +227,7 @@ def _dense_flops(model: Any, settings: Settings) -> int:
     Generation with a cache does the products of one such pass, a token at a time.
     """
     with _runs(model), Meter() as meter:
-        model(
-            input_ids=_ids(settings.backward, settings.tokens), use_cache=False,
-            logits_to_keep=settings.new,
-        )  # fmt: skip
+        _run(model, settings.backward, settings.tokens, settings.new, False)
     return meter.flops
 
 
@@ -237,13 +239,11 @@ def _rollout(model: Any, settings: Settings) -> dict[str, int]:
     rows = min(settings.rows, settings.rows_per_rollout)
     known = [*model.parameters(), *model.buffers()]
     with _runs(model), Meter(known) as meter:
-        out = model(
-            input_ids=_ids(rows, settings.tokens - settings.new), use_cache=True, logits_to_keep=1
-        )
+        out = _run(model, rows, settings.tokens - settings.new, 1, True)
     prefill, vocabulary = meter.peak, out.logits.shape[-1]
     del out
     with _runs(model):
-        out = model(input_ids=_ids(1, settings.tokens), use_cache=True, logits_to_keep=1)
+        out = _run(model, 1, settings.tokens, 1, True)
     cache = getattr(out.past_key_values, "layers", ())
     held = [t for layer in cache for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
     # Scores in fp32, scaled, their softmax and a scratch copy.

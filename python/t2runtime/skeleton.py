@@ -44,9 +44,16 @@ def skeleton(folder: Path, dtype: str = "auto", attention: str | None = None) ->
         ) from error
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
-    config = AutoConfig.from_pretrained(str(folder))
-    own = getattr(config, "dtype", None) or torch.float32
-    chosen = DTYPES.get(dtype, own)
     extra = {} if attention is None else {"attn_implementation": attention}
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=chosen, **extra).eval()
+    try:
+        config = AutoConfig.from_pretrained(str(folder))
+        own = getattr(config, "dtype", None) or torch.float32
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES.get(dtype, own), **extra)
+    except Exception as error:  # a foreign file: what is wrong with it has errors of many kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{folder / 'config.json'} makes no causal language model of transformers: "
+            f"{reason[:300]}"
+        ) from error
+    return model.eval()

@@ -241,6 +241,24 @@ def test_a_model_that_needs_values_says_so(tmp_path: Path, monkeypatch: Any) -> 
         plan(folder, Settings())
 
 
+@pytest.mark.parametrize(
+    "config", [{"model_type": "vit"}, {"model_type": "nobody-knows"}, {"model_type": "llama",
+    "hidden_size": "wide"}]
+)  # fmt: skip
+def test_a_config_of_no_causal_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config: dict[str, Any]
+) -> None:
+    assert main(["plan", str(written(tmp_path, config))]) == 2
+    err = capsys.readouterr().err
+    assert "makes no causal language model" in err and len(err) < 600
+
+
+def test_conv1d_layers(tmp_path: Path) -> None:
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 61}
+    found = plan(written(tmp_path / "gpt2", config), Settings(rows=2, tokens=16))
+    assert found["layers"] == 8 and found["values"] == 8 * 32
+
+
 def test_the_meter_knows_what_was_there() -> None:
     weight = torch.zeros(100)
     with Meter([weight]) as meter:
