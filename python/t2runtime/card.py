@@ -10,6 +10,7 @@ from typing import Any
 import t2kernels as t2k
 from t2kernels.files import atomic_path
 from t2runtime.describe import by_kind, most_moved
+from t2runtime.loading import SMALL_NAME
 
 _SHOWN = ("task", "data", "reward", "tags", "licence", "license", "config")
 _NO_LICENCE = "not stated; an expert is of use with its base model only, whose licence applies"
@@ -66,11 +67,15 @@ def card_text(expert: t2k.Expert, file: str) -> str:
         f"| belongs to | {len(expert.fingerprints)} weights by fingerprint, of {len(expert.z)} "
         "layers |",
         f"| size | {values:,} values of z (1 = base), fp32 |",
-        *(f"| {key} | {_cell(facts[key])} |" for key in ("task", "data", "reward") if key in facts),
+        *(
+            f"| {key} | {_cell(facts[key])} |"
+            for key in ("task", "data", "reward")
+            if facts.get(key) is not None
+        ),
         f"| licence | {_cell(_licence(facts) or _NO_LICENCE)} |",
         "",
     ]
-    rest = {k: v for k, v in facts.items() if k not in _SHOWN}
+    rest = _flat({k: v for k, v in facts.items() if k not in _SHOWN and v is not None})
     if rest:
         lines += ["## Metrics and facts", "", "| | |", "|---|---|", *_rows(rest), ""]
     lines += _statistics(expert)
@@ -94,6 +99,17 @@ def _front(expert: t2k.Expert) -> list[str]:
 
 def _licence(facts: Mapping[str, Any]) -> str:
     return str(facts.get("licence") or facts.get("license") or "")
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Mappings inside, but those of an accuracy and its interval, as entries of their own."""
+    flat: dict[str, Any] = {}
+    for key, value in facts.items():
+        if isinstance(value, Mapping) and "accuracy" not in value:
+            flat |= _flat(value, f"{prefix}{key} ")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def _rows(facts: Mapping[str, Any]) -> list[str]:
@@ -127,16 +143,18 @@ def _statistics(expert: t2k.Expert) -> list[str]:
 
 
 def _use(expert: t2k.Expert, file: str) -> list[str]:
-    base = json.dumps(expert.base_model or "the base model's folder")
     targets = sorted({layer.rpartition(".")[2] for layer in expert.z})
+    base = json.dumps(expert.base_model or "the base model's folder")
+    load = ["from transformers import AutoModelForCausalLM", "",
+            f"model = AutoModelForCausalLM.from_pretrained({base})"]  # fmt: skip
+    if expert.base_model == SMALL_NAME:  # is in the package, under no such name anywhere else
+        load = ["from t2runtime.loading import load", "", 'model, tokenizer = load("small")']
     return [
         "## Use",
         "",
         "```python",
         "import t2kernels as t2k",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f"model = AutoModelForCausalLM.from_pretrained({base})",
+        *load,
         f"t2k.convert(model, targets={json.dumps(targets)})",
         "bank = t2k.ExpertBank(model)",
         f'bank.add("expert", t2k.Expert.load({json.dumps(file)}))',

@@ -14,6 +14,7 @@ import t2kernels as t2k
 from t2runtime.card import card_text, write_card
 from t2runtime.cli import main
 from t2runtime.describe import by_kind, cosines, kind_of, most_moved
+from t2runtime.loading import load
 
 
 def expert(seed: int = 0, **more: Any) -> t2k.Expert:
@@ -106,7 +107,8 @@ def test_the_card(tmp_path: Path) -> None:
     e = expert(
         task="gsm8k", data="train split", reward="+1 right, -1 wrong", licence="mit",
         tags=["math"], accuracy=0.8125, accuracy_interval=[0.75, 0.9],
-        base={"accuracy": 0.5, "interval": [0.4, 0.6]}, config={"lr": 0.002}, note="a | b `c`\nd",
+        test={"base": {"accuracy": 0.5, "interval": [0.4, 0.6]}, "problems": 256},
+        config={"lr": 0.002}, note="a | b `c`\nd",
     )  # fmt: skip
     path = tmp_path / "math.safetensors"
     card = write_card(e, path)
@@ -116,7 +118,9 @@ def test_the_card(tmp_path: Path) -> None:
     assert 'base_model: "owner/base"' in head and 'license: "mit"' in head and '["math"]' in head
     for said in (
         "# math", "adds numbers", "9 weights by fingerprint", "gsm8k", "train split", "+1 right",
-        "0.8125 (95 % interval 0.75 to 0.9)", "0.5 (95 % interval 0.4 to 0.6)", "mlp up\\_proj",
+        "0.8125 (95 % interval 0.75 to 0.9)",
+        "| test base | 0.5 (95 % interval 0.4 to 0.6) |", "| test problems | 256 |",
+        "mlp up\\_proj",
         '"lr": 0.002', 'Expert.load("math.safetensors")', '["down_proj", "q_proj", "up_proj"]',
         "a \\| b \\`c\\` d",
     ):  # fmt: skip
@@ -124,6 +128,21 @@ def test_the_card(tmp_path: Path) -> None:
     assert "accuracy interval" not in text
     bare = card_text(t2k.Expert({"up": torch.ones(2)}), "e.safetensors")
     assert "not stated" in bare and "Metrics" not in bare
+
+
+def run_snippet(e: t2k.Expert, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    e.save(folder / "e.safetensors")
+    text = write_card(e, folder / "e.safetensors").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(folder)
+    exec(code, {})
+
+
+def test_the_snippet_for_the_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    model, _ = load("small")
+    t2k.convert(model, targets="k_proj", progress=False)
+    run_snippet(t2k.Expert.from_model(model), tmp_path, monkeypatch)
 
 
 def test_the_snippet_of_a_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,9 +155,4 @@ def test_the_snippet_of_a_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     model.save_pretrained(tmp_path / "base")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     t2k.convert(model, targets="mlp", progress=False)
-    e = t2k.Expert.from_model(model)
-    e.save(tmp_path / "e.safetensors")
-    text = write_card(e, tmp_path / "e.safetensors").read_text()
-    code = text.split("```python\n")[1].split("```")[0]
-    monkeypatch.chdir(tmp_path)
-    exec(code, {})
+    run_snippet(t2k.Expert.from_model(model), tmp_path, monkeypatch)
