@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 import t2kernels as t2k
 from t2kernels.files import SaveError
@@ -58,6 +59,25 @@ def test_a_merged_checkpoint_is_the_merged_model(
     assert set(listing(folder)) <= set(listing(out))
     assert "0.7 × a" in (out / "README.md").read_text()
     assert len({file.stat().st_mode for file in out.iterdir()}) == 1
+
+
+def test_names_without_the_leading_part(make: Make, tools: Any, tmp_path: Path) -> None:
+    """GPT-2 on the hub: h.0.mlp.c_fc in the file, transformer.h.0.mlp.c_fc in the model."""
+    folder = make("gpt2")
+    file = folder / "model.safetensors"
+    tensors = {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    expert = tools.write_expert(folder, tmp_path / "a.safetensors")
+    assert all(name.startswith("transformer.h.") for name in expert.z)
+    words = ("--experts", str(tmp_path / "a.safetensors"))
+    assert export(folder, tmp_path / "out", *words) == 0
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == tensors.keys()
+    model = tools.load(folder)
+    t2k.convert(model, progress=False)
+    bank = t2k.ExpertBank(model)
+    bank.add("a", expert)
+    bank.merge("a")
+    assert torch.equal(tools.logits(tools.load(tmp_path / "out")), tools.logits(model))
 
 
 @pytest.mark.parametrize("form", ["paper", "paper-normalised", "authors"])

@@ -1,5 +1,5 @@
 """The recipe of docs/training-real-models.md, at small size: plan, decompose, train, inspect,
-generate, export."""
+evaluate, generate, export."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def test_the_recipe(
     looked = call("inspect", expert)
     assert looked["values"] == planned["values"]
     assert any(value > 0 for value in looked["most_moved"].values())
+    call("eval", folder, *common, "--task", "add", "--expert", expert, "--limit", "4")
     call("generate", folder, *common, "--expert", expert, "--prompt", "1+1=")
     out = tmp_path / "merged"
     call("export", folder, "--experts", expert, "--factors", factors, "--out", str(out))
