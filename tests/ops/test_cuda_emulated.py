@@ -22,6 +22,7 @@ from torch import Tensor
 
 from t2kernels import testing
 from t2kernels.ops import cuda, reference
+from t2kernels.ops.layout import unfit
 from t2kernels.testing import Inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +79,8 @@ def emulated(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 def run(inputs: Inputs, *, save_h: bool = False) -> tuple[Tensor, Tensor | None]:
-    assert cuda._call_reason(*inputs.args()[:6]) is None
+    assert unfit(*inputs.args()) is None
+    assert cuda._too_many(inputs.x.shape[0]) is None
     with testing.poisoned_empty():
         return cuda.forward(*inputs.args(), save_h=save_h)
 
