@@ -71,5 +71,10 @@ def evaluate(
         part = problems[start : start + rows]
         prompts = [problem.prompt for problem in part]
         texts = complete(model, tokenizer, prompts, max_new_tokens, chat=chat).texts
-        right += sum(grader.grade(part, texts))
+        verdicts = grader.grade(part, texts)
+        if len(verdicts) != len(part):
+            raise ValueError(
+                f"grade must give {len(part)} verdicts, one a problem, got {len(verdicts)}"
+            )
+        right += sum(map(bool, verdicts))
     return Score(right, len(problems))

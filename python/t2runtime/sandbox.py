@@ -13,7 +13,8 @@ namespaces  (user, process, network, IPC and mount namespaces; Linux 5.12) No ne
 landlock    (Linux 6.2, where namespaces are refused, as in most containers) Landlock: files are
             written below the temporary folder only. Signals and changes of mode, owner, times and
             attributes are refused. Other processes can be seen. What the program started is found
-            by descent and killed.
+            by descent and killed, except where the calling process is itself killed: a program that
+            has detached then ends with its processor time, or not at all if it sleeps.
 none        Neither is there: `run` refuses. With `unsafe=True` only the limits hold, on time,
             memory, processes, files; the program can reach the network and write where its user
             can.
@@ -138,7 +139,7 @@ def run(
     tests = list(tests)
     if not tests:
         raise ValueError("tests must hold at least one program, got none")
-    level = isolation() if sys.platform == "linux" else Isolation("none", False)
+    level = isolation()
     if level.level == "none" and not (unsafe and sys.platform == "linux"):
         raise SandboxError(
             "programs cannot be isolated on this machine ("
@@ -162,7 +163,7 @@ def run_all(
 
     Programs whose turn has not come after `total_seconds` are wrong, with a warning in the log.
     """
-    count = workers or len(os.sched_getaffinity(0))
+    count = workers or len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
     deadline = None if total_seconds is None else time.monotonic() + total_seconds
 
     def one(program: tuple[str, Sequence[str]]) -> Verdict:
@@ -196,7 +197,8 @@ def _run_one(
         "PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8",
         "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-s", "-S", "-B", "-c", _START.format(root=str(_ROOT))]
+    # The folder at the end tells the processes of one run from those of another.
+    command = [sys.executable, "-s", "-S", "-B", "-c", _START.format(root=str(_ROOT)), folder]
     try:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import socket
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -53,15 +55,12 @@ def how(request: pytest.FixtureRequest) -> Isolation:
 
 
 def processes_in(folder: str) -> list[str]:
-    """Processes whose working folder is `folder`."""
+    """Processes of the run in `folder`; all carry it on their command line."""
     found = []
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            try:
-                if os.readlink(f"/proc/{entry.name}/cwd").startswith(folder):
-                    found.append(entry.name)
-            except OSError:
-                continue
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if folder.encode() in path.read_bytes():
+                found.append(path.parent.name)
     return found
 
 
@@ -226,6 +225,19 @@ def test_its_own_folder_is_there_and_bounded(how: Isolation) -> None:
     assert not verdict.right and ("space" in verdict.reason or "files" in verdict.reason)
 
 
+def test_attributes_of_files_stay(how: Isolation, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("x")
+    code = f"""
+import fcntl
+def f(x):
+    with open({str(kept)!r}) as file:
+        fcntl.ioctl(file, 0x40086602, b"\\x80" + bytes(7))
+"""
+    reason = run(how, code, tests=["f(1)"]).reason
+    assert "PermissionError" in reason or "OSError" in reason
+
+
 def test_others_cannot_be_signalled(how: Isolation) -> None:
     for target in ("os.getppid()", "1", "-1", "0", str(os.getpid())):
         code = f"import os\nos.kill({target}, 9)"
@@ -249,6 +261,29 @@ def test_no_network(how: Isolation, tmp_path: Path) -> None:
         assert not run(how, code + RIGHT).right
         with pytest.raises(BlockingIOError):
             server.accept()
+
+
+def test_a_killed_caller_takes_all_with_it(how: Isolation) -> None:
+    with sandbox._folder() as folder:
+        caller = subprocess.Popen([
+            sys.executable, "-c",
+            "from t2runtime import sandbox as s\n"
+            f"s._run_one('while True: pass', ['f()'], s.Limits(seconds=600), {how!r}, {folder!r})"
+            .replace("Isolation(", "s.Isolation("),
+        ])  # fmt: skip
+        try:
+            wait_until(lambda: len(processes_in(folder)) >= 4)
+        finally:
+            caller.kill()
+            caller.wait()
+        wait_until(lambda: not processes_in(folder))
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_privileges_do_not_come_back(how: Isolation) -> None:
@@ -306,6 +341,14 @@ def here() -> Iterator[None]:
     ],
 )  # fmt: skip
 def test_tests_see_the_answer_as_if_in_one_process(code: str, test: str) -> None:
+    assert sandbox.run(code, [test], PATIENT) == Verdict(True)
+
+
+@pytest.mark.usefixtures("here")
+def test_packages_of_the_interpreter() -> None:
+    pytest.importorskip("numpy")
+    code = "import numpy\ndef f(x): return numpy.sqrt(numpy.array(x)), numpy.int64(3)"
+    test = "import numpy\na, b = f([1.0, 4.0]); assert numpy.allclose(a, [1, 2]) and b == 3"
     assert sandbox.run(code, [test], PATIENT) == Verdict(True)
 
 

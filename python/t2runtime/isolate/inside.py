@@ -137,9 +137,12 @@ def _shut_in(settings: dict[str, Any]) -> None:
 
 def _ask_and_test(settings: dict[str, Any], verdict: int) -> dict[str, Any]:
     code = wire.receive_bytes(0, 1 << 26).decode()
+    sys.path += settings["path"]  # the packages of this interpreter, last
     requests, replies = os.pipe(), os.pipe()
+    parent = os.getpid()
     if os.fork() == 0:
         try:
+            kernel.die_with_parent(parent)
             _run_answer(settings, code, requests[0], replies[1])
         finally:
             os._exit(1)
@@ -162,7 +165,6 @@ def _run_answer(settings: dict[str, Any], code: str, requests: int, replies: int
     os.closerange(keep[1] + 1, 1024)
     if settings["most_tasks"] is not None:
         resource.setrlimit(resource.RLIMIT_NPROC, (settings["most_tasks"],) * 2)
-    sys.path += settings["path"]
     answer.Answer(requests, replies).run(code)
 
 

@@ -60,7 +60,10 @@ _FORBIDDEN_OUTSIDE: dict[str, tuple[int | None, int | None]] = {
     "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
     "removexattrat": (466, 466), "file_setattr": (469, 469),
 }  # fmt: skip
-_CLONE, _CLONE3, _PRLIMIT, _FCNTL = (56, 220), (435, 435), (302, 261), (72, 25)
+_CLONE, _CLONE3, _PRLIMIT, _FCNTL, _IOCTL = (56, 220), (435, 435), (302, 261), (72, 25), (16, 29)
+#: F_SETOWN, F_SETSIG, F_SETOWN_EX: signals by way of a descriptor. FS_IOC_SETFLAGS and
+#: FS_IOC_FSSETXATTR: attributes of a file that is open for reading.
+_FCNTL_REFUSED, _IOCTL_REFUSED = (8, 10, 15), (0x4008_6602, 0x401C_5820)
 _ARCH = {"x86_64": 0xC000_003E, "aarch64": 0xC000_00B7}
 
 
@@ -214,6 +217,7 @@ def _filter(column: int, arch: int, numbers: Iterable[int], also_outside: bool) 
         steps += [(equal, 0, 1, number), (answer, 0, 0, refuse)]
     # clone3 hides its flags in memory; C libraries fall back to clone, whose flags are seen here.
     steps += [(equal, 0, 1, _CLONE3[column]), (answer, 0, 0, unknown)]
+    second = 24  # where the low half of the second argument is
     steps += [
         (equal, 0, 4, _CLONE[column]), (load, 0, 0, 16),
         (any_bit, 0, 1, _ANY_NAMESPACE), (answer, 0, 0, refuse), (answer, 0, 0, allow),
@@ -224,9 +228,10 @@ def _filter(column: int, arch: int, numbers: Iterable[int], also_outside: bool) 
         (answer, 0, 0, refuse), (answer, 0, 0, allow),
     ]  # fmt: skip
     if also_outside:
-        # F_SETOWN, F_SETSIG, F_SETOWN_EX: signals by way of a descriptor.
-        steps += [(equal, 0, 6, _FCNTL[column]), (load, 0, 0, 24), (equal, 2, 0, 8),
-                  (equal, 1, 0, 10), (equal, 0, 1, 15), (answer, 0, 0, refuse),
-                  (answer, 0, 0, allow)]  # fmt: skip
+        for call, values in ((_FCNTL, _FCNTL_REFUSED), (_IOCTL, _IOCTL_REFUSED)):
+            steps += [(equal, 0, 2 * len(values) + 2, call[column]), (load, 0, 0, second)]
+            for value in values:
+                steps += [(equal, 0, 1, value), (answer, 0, 0, refuse)]
+            steps.append((answer, 0, 0, allow))
     steps.append((answer, 0, 0, allow))
     return b"".join(struct.pack("HBBI", *step) for step in steps)

@@ -110,6 +110,8 @@ def pack(value: Any, reference: Callable[[Any], Any]) -> Any:
     for name, kind in _SEQUENCES.items():
         if isinstance(value, collections.deque if name == "deque" else kind):  # type: ignore[arg-type]
             return [name, [pack(item, reference) for item in value]]
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return pack(value.tolist(), reference)
     if isinstance(value, type) and value.__module__ == "builtins":
         return ["builtin", value.__name__]
     return reference(value)

@@ -2,7 +2,7 @@
 
 data        folder with train and test (.json or .jsonl), in one of three layouts:
             {"question": {"stem", "choices": [{"label", "text"}]}, "answerKey"}, the original;
-            {"question", "choices": {"label": [...], "text": [...]}, "answerKey"};
+            {"question" or "question_stem", "choices": {"label": [], "text": []}, "answerKey"};
             {"instruction": "... question: STEM Answer1: ... Answer2: ...", "answer": "answer2"}
 prompt      question and choices; keys are A, B, ... whatever the data call them (some say 1-4)
 answer      `rewards.choice`: a letter, or the number of the choice
@@ -50,7 +50,7 @@ def _parts(row: Row) -> tuple[str, list[str], int]:
         stem, *rest = _CHOICE.split(asked)
         keys, texts = rest[0::2], [text.strip() for text in rest[1::2]]
         return stem.strip(), texts, keys.index(text_of(row, "answer").removeprefix("answer"))
-    question, key = row["question"], str(row["answerKey"]).strip()
+    question, key = row.get("question"), str(row["answerKey"]).strip()
     if isinstance(question, dict):
         choices = question["choices"]
         labels, texts = [c["label"] for c in choices], [c["text"] for c in choices]
