@@ -74,7 +74,7 @@ def evaluate(
         verdicts = grader.grade(part, texts)
         if len(verdicts) != len(part):
             raise ValueError(
-                f"grade must give {len(part)} verdicts, one a problem, got {len(verdicts)}"
+                f"the source must grade {len(part)} completions, it gave {len(verdicts)} verdicts"
             )
-        right += sum(map(bool, verdicts))
+        right += sum(verdict > 0 for verdict in verdicts)
     return Score(right, len(problems))

@@ -303,7 +303,7 @@ def test_too_few_verdicts(tiny: Any, tokenizer: Any, letters: Any, quick: Any) -
         def grade(self, problems: Any, completions: Any) -> Any:
             return [True] * (len(completions) - 1)
 
-    with pytest.raises(ValueError, match="must grade 64 completions, it gave 63"):
+    with pytest.raises(ValueError, match="must grade (64|8) completions, it gave (63|7)"):
         train(tiny, tokenizer, Short("a"), quick)
 
 
