@@ -58,7 +58,8 @@ class Arm:
 
 # As many answers a step as the 32 prompts with 8 samples of reinforcement.
 _NEXT_TOKEN = {"objective": "next-token", "prompts": 256, "samples": 1, "baseline": "none"}
-_SVF_RATES, _LOW_RATES = (5e-3, 2e-2, 5e-2), (1e-3, 5e-3, 2e-2)
+# Wide enough that the best lies inside.
+_SVF_RATES, _LOW_RATES = (5e-3, 2e-2, 5e-2, 1.5e-1), (2e-4, 1e-3, 5e-3, 2e-2)
 
 ARMS: dict[str, Arm] = {
     arm.name: arm
