@@ -177,7 +177,7 @@ the package.
 Made by `{facts["command"]}`
 in {took} on {facts["threads"]} threads
 ({facts["machine"]}; {versions}): {facts["steps"]} steps of
-{facts["rows"]} rows, loss over the last 100 steps {facts["loss"]:.4f}. {facts.get("note", "")}
+{facts["rows"]} rows, loss over the last 100 steps {facts["loss"]:.4f}.
 Everything follows from the seed: the same command, versions, number of threads and kind of machine
 repeat the training loss for loss; others give other bits.
 
