@@ -10,6 +10,7 @@ machine, process. Its other costs (gradients of weights that are not adapted, a 
 model for sampling) are left out. Steps take turns; z of all forms must agree with fp64 first.
 
 Memory is what a step allocates beyond model and factors at its peak, temporary buffers included.
+Both schemes may take a step some rows at a time; the gradients of weights stay in memory between.
 The overhead of the loop is the time of `t2runtime.train.train` that is not spent in rollouts,
 grading, gradients, the optimiser and validation.
 """
@@ -54,16 +55,18 @@ from training import allocations
 from t2kernels.testing import relative_error
 
 ROW_TOKENS = 128  # of a row; the second half is the answer
+_FEW_ROWS = 2  # where a step is taken some rows at a time
 BASELINE = "public scheme"
 # In fp32, over some ten layers: far above rounding, far below a wrong term.
 _TOLERANCE = 1e-4
 _LOOP_STEPS = 10
+_MEMORY = 0.6
 _GOALS = (
     # tokens, key, limit, at least
     (512, "speedup", 2.0, True),
     (3200, "speedup", 1.3, True),
-    (512, "memory", 0.6, False),
-    (3200, "memory", 0.6, False),
+    (512, "memory", _MEMORY, False),
+    (3200, "memory", _MEMORY, False),
 )
 
 Step = Callable[[Completions], dict[str, Tensor]]  # -> gradient of z by layer
@@ -124,9 +127,7 @@ class Ours:
             for name, layer in self.layers.items():
                 layer.z.copy_(z[name])
 
-    def step(self, answers: Completions, cfg: Config, recompute: bool) -> dict[str, Tensor]:
-        for layer in self.layers.values():
-            layer.recompute = recompute
+    def step(self, answers: Completions, cfg: Config) -> dict[str, Tensor]:
         step_gradient(self.model, self.adapter, answers, cfg)
         found = {}
         for name, layer in self.layers.items():
@@ -195,18 +196,19 @@ def measure_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
     z = {n: 1 + 0.1 * torch.randn(f.S.shape, generator=noise) for n, f in factors.items()}
     mine, public = Ours(ours, z), Public(plain, factors, z)
 
-    kept = Config(kl=0.0, rows_per_backward=1 << 20)
-    less = dataclasses.replace(kept, gradient_checkpointing=True)
+    whole = Config(kl=0.0, rows_per_backward=1 << 20)
+    split = dataclasses.replace(whole, rows_per_backward=_FEW_ROWS)
+    less = dataclasses.replace(whole, gradient_checkpointing=True)
     forms: dict[str, Step] = {
-        BASELINE: partial(public.step, cfg=kept, again=True),
-        "public, one push": partial(public.step, cfg=kept, again=False),
-        "public, checkpointed": partial(public.step, cfg=less, again=True),
-        "ours": partial(mine.step, cfg=kept, recompute=False),
-        "ours, recompute": partial(mine.step, cfg=kept, recompute=True),
-        "ours, checkpointed": partial(mine.step, cfg=less, recompute=False),
+        BASELINE: partial(public.step, cfg=whole, again=True),
+        "public, one push": partial(public.step, cfg=whole, again=False),
+        f"public, {_FEW_ROWS} rows": partial(public.step, cfg=split, again=True),
+        "ours": partial(mine.step, cfg=whole),
+        f"ours, {_FEW_ROWS} rows": partial(mine.step, cfg=split),
+        "ours, checkpointed": partial(mine.step, cfg=less),
     }
-    few = make_answers(2 * ROW_TOKENS)
-    want = truth(plain, factors, z, few, kept)
+    few = make_answers((_FEW_ROWS + 1) * ROW_TOKENS)
+    want = truth(plain, factors, z, few, whole)
     errors = {name: gate(name, step(few), want) for name, step in forms.items()}
     rows: list[dict[str, Any]] = []
     for tokens in args.tokens:
@@ -284,12 +286,14 @@ def judge(rows: list[dict[str, Any]], loop: dict[str, float]) -> list[dict[str, 
         shown = f"{'≥' if at_least else '≤'} {limit:g}"
         outcomes.append({"goal": f"{key}, {tokens} tokens", "limit": shown, "met": met,
                          "measured": f"{best[key]:.2f} ({best['name']})"})  # fmt: skip
-    both = [r for r in rows if r["name"].startswith("ours") and r["memory"] <= 0.6]
-    for tokens in dict.fromkeys(r["tokens"] for r in both):
-        fastest = max((r for r in both if r["tokens"] == tokens), key=lambda r: r["speedup"])
-        outcomes.append({"goal": f"speedup within 0.6 of the memory, {tokens} tokens", "limit": "",
-                         "measured": f"{fastest['speedup']:.2f} ({fastest['name']})",
-                         "met": None})  # fmt: skip
+    for tokens in dict.fromkeys(row["tokens"] for row in rows):
+        small = [r for r in rows if r["tokens"] == tokens and r["name"].startswith("ours")]
+        small = [r for r in small if r["memory"] <= _MEMORY]
+        if small:
+            best = max(small, key=lambda r: r["speedup"])
+            shown = f"{best['speedup']:.2f}, {best['memory']:.2f} ({best['name']})"
+            outcomes.append({"goal": f"speedup of one form within that memory, {tokens} tokens",
+                             "limit": "", "measured": shown, "met": None})  # fmt: skip
     outcomes.append({"goal": "overhead of the loop", "limit": "≤ 0.05",
                      "measured": f"{loop['overhead']:.4f}",
                      "met": loop["overhead"] <= 0.05})  # fmt: skip
@@ -319,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print()
     for outcome in outcomes:
         mark = {True: "met", False: "MISSED", None: ""}[outcome["met"]]
-        print(f"{outcome['goal']:45}{outcome['limit']:8}{outcome['measured']:32}{mark}")
+        print(f"{outcome['goal']:52}{outcome['limit']:8}{outcome['measured']:32}{mark}")
     if args.json is not None:
         settings = {"layers": args.layers, "hidden": args.hidden, "row_tokens": ROW_TOKENS}
         write(args.json, {"schema": SCHEMA, "environment": record, "settings": settings,
