@@ -286,7 +286,7 @@ class SVFLinear(nn.Module):
         if plan.form == "uniform":
             return "uniform", d, None
         form = "rows, base rows stored" if plan.stored_base_rows and self.full_rank else "rows"
-        return form, d, plan.token_slots(x, route.batch_shape, route.batch_rows)
+        return form, d, plan.token_slots(x, route.batch)
 
     def _guarded(self, y: Tensor) -> Tensor:
         if self._route is not None and y.requires_grad and not torch.compiler.is_compiling():

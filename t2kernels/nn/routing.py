@@ -68,13 +68,10 @@ class Plan:
             return self.arena[0, offset : offset + r]
         return self.arena[:, offset : offset + r]
 
-    def token_slots(
-        self, x: Tensor, batch_shape: tuple[int, ...] | None, batch_rows: int | None = None
-    ) -> Tensor:
+    def token_slots(self, x: Tensor, batch: Tensor | None) -> Tensor:
         """The slot (tokens,) of every token of x (..., n), flattened.
 
-        batch_shape: of the input of the model's latest call; batch_rows: its first axis, while
-        that call is running.
+        batch: the input of the model's call that is running; None outside of one.
         """
         tokens = x.shape[:-1].numel()
         if self.slot is not None:
@@ -86,46 +83,49 @@ class Plan:
             return self.slot
         if self.rows is None:
             raise RuntimeError(f"a plan of form {self.form!r} has no rows")
-        rows = x.shape[0] if x.dim() > 2 else self._declared_rows(x, batch_shape)
-        if x.dim() > 2 and rows != (batch_rows or rows) and self.row_order != "batch":
+        rows = x.shape[0] if x.dim() > 2 else self._declared_rows(x, batch)
+        if x.dim() > 2 and batch is not None and self.row_order != "batch" and rows != len(batch):
             raise ValueError(
                 f"ExpertBank.use: a layer got an input of shape {tuple(x.shape)} while the model "
-                f"was called with a batch of {batch_rows}; its first axis is not the batch "
+                f"was called with a batch of {len(batch)}; its first axis is not the batch "
                 "(images of several requests, windows, tokens first). Exclude the layer from "
                 "convert, pass slot=, or say row_order='batch' if each request owns equally many "
                 "rows, in order."
             )
-        if rows % self.requests:
+        # A compiler takes the number for a constant of the graph, a size of a tensor for a variable.
+        requests = self.rows.shape[0] if torch.compiler.is_compiling() else self.requests
+        if rows % requests:
             raise ValueError(
                 f"ExpertBank.use: the routing names {self.requests} requests, but a layer got an "
                 f"input of shape {tuple(x.shape)}, whose {rows} rows are not a multiple of that. "
                 "Name one entry per row of the batch (beams and return sequences repeat rows)."
             )
-        per_request = tokens // self.requests
+        per_request = tokens // requests
         if torch.compiler.is_compiling():
-            return _repeat_rows(self.rows, per_request)
+            # Its size must be seen to be that of x: requests * per_request would not be.
+            return self.rows[torch.arange(tokens, device=x.device) // per_request]
         if per_request not in self._cache:
             with torch.inference_mode(False):  # it may serve a call with gradients next
                 self._cache[per_request] = _repeat_rows(self.rows, per_request)
         return self._cache[per_request]
 
-    def _declared_rows(self, x: Tensor, batch_shape: tuple[int, ...] | None) -> int:
+    def _declared_rows(self, x: Tensor, batch: Tensor | None) -> int:
         """Rows of a 2-D input, whose first axis may be the batch or flattened tokens."""
         if x.dim() == 2 and self.row_order == "batch":
             return x.shape[0]
         if x.dim() == 2 and self.row_order == "flat":
-            if batch_shape is None or len(batch_shape) < 2:
+            if batch is None or batch.dim() < 2:
                 raise ValueError(
                     "ExpertBank.use: row_order='flat' needs the model's own input (input_ids, "
                     "inputs_embeds or pixel_values) to know the batch; call the model itself."
                 )
-            if x.shape[0] != batch_shape[0] * batch_shape[1]:
+            if x.shape[0] != batch.shape[0] * batch.shape[1]:
                 raise ValueError(
-                    f"ExpertBank.use: row_order='flat' expects batch x length = {batch_shape[0]} x "
-                    f"{batch_shape[1]} rows in order, got an input of shape {tuple(x.shape)}. "
+                    f"ExpertBank.use: row_order='flat' expects batch x length = {batch.shape[0]} x "
+                    f"{batch.shape[1]} rows in order, got an input of shape {tuple(x.shape)}. "
                     "Pass slot= with one entry per token."
                 )
-            return batch_shape[0]
+            return batch.shape[0]
         raise ValueError(
             f"ExpertBank.use: a layer got an input of shape {tuple(x.shape)}, which does not show "
             "which row belongs to which request. Say row_order='batch' (one row per row of the "
@@ -145,8 +145,9 @@ class Route:
     def __init__(self, model: nn.Module) -> None:
         self.plan: Plan | None = None
         self.merged: object = None
-        self.batch_shape: tuple[int, ...] | None = None  # of the model's latest call
-        self.batch_rows: int | None = None  # of the call that is running now
+        # The input of the call that is running. The tensor, not its shape: to a compiler a size of
+        # a tensor is a variable, a number that it finds in an object a constant.
+        self.batch: Tensor | None = None
         self.layers: tuple[SVFLinear, ...] = ()
         self.frozen: list[Tensor] = []  # what `trainable` froze, for `revert`
         self._owner: int | None = None
@@ -157,7 +158,7 @@ class Route:
     def __getstate__(self) -> dict[str, Any]:
         """A model that is copied or sent to another process starts with no plan; its hooks come
         along with the model."""
-        return {**self.__dict__, "plan": None, "_owner": None}
+        return {**self.__dict__, "plan": None, "_owner": None, "batch": None}
 
     @staticmethod
     def remove(model: nn.Module) -> None:
@@ -180,7 +181,7 @@ class Route:
                 "routing at a time; give each thread its own copy, or one batch for all requests."
             )
         before, self.plan, self._owner = self.plan, plan, me
-        self.batch_shape = self.batch_rows = None
+        self.batch = None
         try:
             yield
         finally:
@@ -236,24 +237,25 @@ def _cache_key(route: Route) -> object:
 
 
 def _watch_model_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before each call of the model: note the batch's shape, guard caches and recomputation."""
+    """Before each call of the model: note its input, guard caches and recomputation."""
     route: Route = model._t2_route  # type: ignore[assignment]
     for name in ("input_ids", "inputs_embeds", "pixel_values"):
         if isinstance(kwargs.get(name), Tensor):
-            route.batch_shape = tuple(kwargs[name].shape)
+            batch = kwargs[name]
             break
     else:
-        route.batch_shape = tuple(args[0].shape) if args and isinstance(args[0], Tensor) else None
-    route.batch_rows = route.batch_shape[0] if route.batch_shape else None
+        batch = args[0] if args and isinstance(args[0], Tensor) else None
+    route.batch = batch if batch is not None and batch.dim() > 0 else None
     if torch.compiler.is_compiling():
         return
-    plan, shape = route.plan, route.batch_shape
-    if plan is not None and plan.slot is None and shape and shape[0] % plan.requests:
-        raise ValueError(
-            f"ExpertBank.use: the routing names {plan.requests} requests, but the model was called "
-            f"with a batch of {shape[0]}. Name one entry per row of the batch (beams and return "
-            "sequences repeat rows in order)."
-        )
+    plan = route.plan
+    if route.batch is not None and plan is not None and plan.slot is None:
+        if len(route.batch) % plan.requests:
+            raise ValueError(
+                f"ExpertBank.use: the routing names {plan.requests} requests, but the model was "
+                f"called with a batch of {len(route.batch)}. Name one entry per row of the batch "
+                "(beams and return sequences repeat rows in order)."
+            )
     caches = [item for item in (*args, *kwargs.values()) if _is_cache(item)]
     if not caches:
         return
@@ -280,7 +282,7 @@ def _watch_model_result(model: nn.Module, args: tuple[Any, ...], result: Any) ->
     gradient passes here before any checkpointed block is computed again.
     """
     route: Route = model._t2_route  # type: ignore[assignment]
-    route.batch_rows = None
+    route.batch = None
     if torch.compiler.is_compiling():
         return
     pending = [result]

@@ -55,6 +55,26 @@ def test_more_requests_than_the_arena_first_held(zoo, setup):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("kind", ["rows", "alpha", "rows of beams"])
+def test_one_graph_for_all_batch_sizes(zoo, setup, kind):
+    """The first size makes a graph of its own, the second one for all sizes, as without SVF."""
+    model, bank, _ = setup
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    graphs = []
+    with torch.no_grad():
+        for requests in (3, 4, 5, 7, 12):
+            routing = ["math"] + [None] * (requests - 2) + ["code"]
+            if kind == "alpha":
+                routing = torch.rand(requests, 2)
+            rows = requests * (2 if kind == "rows of beams" else 1)
+            inputs = zoo.inputs("llama", rows=rows, length=5)
+            with bank.use(routing):
+                assert zoo.close(compiled(**inputs).logits, model(**inputs).logits)
+            graphs.append(counter.frame_count)
+    assert graphs[1:] == [graphs[1]] * 4 and graphs[1] <= 2, graphs
+
+
 def test_gradients_of_z_and_alpha(zoo, setup):
     model, bank, inputs = setup
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
