@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -41,12 +42,23 @@ struct DiagonalRows {
   }
 };
 
-// Below this many bytes of weights a second thread costs more than it brings: waking it takes about 2 us, in which
-// one core reads about 60 kB (2 cores of EPYC Zen 5).
-constexpr std::int64_t kBytesPerThread = 32 * 1024;
+// Below this many bytes of weights a second thread costs more than it brings. Waking one that spins takes a few
+// microseconds, one that sleeps (OMP_WAIT_POLICY=PASSIVE) some 35, in which one core reads 2 MiB (EPYC Zen 5).
+// T2_CPU_BYTES_PER_THREAD says otherwise, before the first call.
+inline std::int64_t bytes_per_thread() {
+  static const std::int64_t bytes = [] {
+    if (const char* given = std::getenv("T2_CPU_BYTES_PER_THREAD"); given != nullptr && std::atoll(given) > 0) {
+      return std::int64_t{std::atoll(given)};
+    }
+    const char* policy = std::getenv("OMP_WAIT_POLICY");
+    const bool sleeps = policy != nullptr && (*policy == 'P' || *policy == 'p');
+    return std::int64_t{sleeps ? 2 << 20 : 128 << 10};
+  }();
+  return bytes;
+}
 
 inline int useful_threads(int n_threads, std::int64_t bytes) {
-  const std::int64_t most = std::max<std::int64_t>(1, bytes / kBytesPerThread);
+  const std::int64_t most = std::max<std::int64_t>(1, bytes / bytes_per_thread());
   return static_cast<int>(std::min<std::int64_t>(std::max(1, n_threads), most));
 }
 
