@@ -1,6 +1,7 @@
 import pytest
 
 from t2runtime import rewards
+from t2runtime.rewards.formulas import normalise
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,18 @@ from t2runtime import rewards
         ("1,234,56", "56"),
         ("version2", None),
         ("(3)-5", "5"),
+        ("$x=-\\frac{3}{4}$", "-0.75"),
+        (r"\dfrac12 of 1,000 is \frac{1,000}{2}", "500"),
+        ("3 1/2", "3.5"),
+        ("-3 1/2 degrees", "-3.5"),
+        (r"2\tfrac{1}{2} cups", "2.5"),
+        ("in 2024 7/2 of them", "3.5"),
+        ("12 cm^2", "12"),
+        ("x_2 = 7, x_{3}", "7"),
+        ("an area of 10^3", None),
+        (r"so 3, or 5\sqrt{2}", "3"),
+        (r"2\pi", None),
+        (r"90^\circ", "90"),
         ("no digits", None),
         ("", None),
     ],
@@ -62,6 +75,20 @@ def test_number(completion: str, answer: str | None) -> None:
         ("Option A is wrong. The answer is D", "D"),
         ("$\\boxed{\\text{(B)}}$", "B"),
         ("Not (A), not (B): (D)", "D"),
+        ("The answer is (C). Option A is wrong.", "C"),
+        ("The answer is C because option B is not a mammal.", "C"),
+        ("The correct option is (B), not option A.", "B"),
+        ("The answer is option C, choice D is too small", "C"),
+        ("Option A is correct because option B is not", "A"),
+        ("(B) is right. (A) is wrong.", "B"),
+        ("C. Option B is wrong.", "C"),
+        ("Answer: 1,200 (D)", "D"),
+        ("Answer: 3.5, so B", "B"),
+        ("Answer: 2/3, so (B)", "B"),
+        ("Answer: $C$", "C"),
+        ("The final answer is $\\boxed{C}$, since option A is wrong", "C"),
+        ("The answer is A, no, the answer is B", "B"),
+        ("Option A is too cold. I take option D", "D"),
         ("a planet", None),
         ("A planet rotates", None),
         ("The answer is a planet", None),
@@ -84,7 +111,24 @@ def test_choice(completion: str, answer: str | None) -> None:
         ("#### -$5", "-5"),
         ("#### nothing, 5", "5"),
         ("####", None),
+        ("#### 2 + 3 = 5", "5"),
+        ("#### 2 + 3 = 5\nCheck: 5 - 3 = 2", "5"),
+        ("####\n**12** of 30", "12"),
+        ("#### none\n\nQuestion: 7?", None),
+        (r"#### \frac{37}{1}", "37"),
+        ("#### 3 1/2 cups", "3.5"),
         ("so \\boxed{12} of 30", "12"),
+        (r"so \boxed{\frac{1}{2}}", "0.5"),
+        (r"\boxed{\frac{37}{1}}", "37"),
+        (r"\boxed{x = -\dfrac34}", "-0.75"),
+        (r"\boxed{12 apples} of 30", "12"),
+        (r"\boxed{1{,}200\text{ km}}", "1200"),
+        (r"\boxed{5\sqrt{2}} or 7", None),
+        (r"\boxed{5x} for x = 7", None),
+        (r"\boxed{(3, 4)}", None),
+        (r"\boxed{x-5}", None),
+        (r"\boxed{2 + 3 = 5}", "5"),
+        (r"\boxed{} so 7", "7"),
         ("so 12 of 30.", "30"),
     ],
 )
@@ -124,6 +168,21 @@ def test_final_number(completion: str, answer: str | None) -> None:
         (r"2\sqrt{3}", r"2 \sqrt 3"),
         (r"\frac{\sqrt{3}}{2}", r"\dfrac{\sqrt3}{2}"),
         ("x^2+1", "x^2 + 1"),
+        ("x^2", "x^{2}"),
+        ("x^10", "x^{10}"),
+        ("a_{1}+a_n", "a_1 + a_{n}"),
+        (r"\frac{a}{b}", "a/b"),
+        (r"-\frac{3x}{4}", "-3x/4"),
+        (r"\frac{-a}{b}", r"-\frac{a}{b}"),
+        (r"\frac{\pi}{2}", r"\pi/2"),
+        (r"\frac{\sqrt{3}}{2}", r"\sqrt{3}/2"),
+        (r"\frac{x+1}{y}", "(x+1)/y"),
+        (r"(\frac{\pi}{2}, 0)", r"(\pi/2, 0)"),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+        (r"5\text{ m}", "5"),
+        (r"5\,\mathrm{s}", "5"),
+        (r"(1{,}234, 5)", r"(1,\!234,5)"),
+        ("1, 2, 345", "1,2,345"),
     ],
 )
 def test_boxed_answers_that_are_the_same(one: str, other: str) -> None:
@@ -134,7 +193,10 @@ def test_boxed_answers_that_are_the_same(one: str, other: str) -> None:
 @pytest.mark.parametrize(
     ("one", "other"),
     [("1", "-1"), ("12", "1,2"), ("(1,2)", "(2,1)"), ("3x", "3"), (r"\sqrt{2}", "2"), ("x", "X"),
-     (r"\frac{1}{2}", r"\frac{2}{1}"), ("[1,2)", "(1,2)"), ("2^3", "23"), ("even", "odd")],
+     (r"\frac{1}{2}", r"\frac{2}{1}"), ("[1,2)", "(1,2)"), ("2^3", "23"), ("even", "odd"),
+     ("5m", "5"), ("3s", "3"), ("2g", "2"), ("(1,234)", "(1234)"), ("(1,234)", "1234"),
+     ("1,234", "1, 234"), ("a/bc", r"\frac{a}{b}c"), ("x+1/y", r"\frac{x+1}{y}"),
+     (r"\frac{a}{b}", r"\frac{b}{a}"), ("x^23", "x^2 3"), (r"1\\2", "12")],
 )  # fmt: skip
 def test_boxed_answers_that_differ(one: str, other: str) -> None:
     assert rewards.boxed(f"\\boxed{{{one}}}") != rewards.boxed(f"\\boxed{{{other}}}")
@@ -144,7 +206,7 @@ def test_boxed_answers_that_differ(one: str, other: str) -> None:
     ("completion", "answer"),
     [
         (r"\boxed{1} or rather \boxed{2}", "2"),
-        (r"\boxed{\frac{\sqrt{a+\sqrt{b}}}{c_{1}}}", r"\frac{\sqrt{a+\sqrt{b}}}{c_{1}}"),
+        (r"\boxed{\frac{\sqrt{a+\sqrt{b}}}{c_{1}}}", r"\frac{\sqrt{a+\sqrt{b}}}{c_1}"),
         (r"\boxed{\{1, 2\}}", r"\{1,2\}"),
         (r"\fbox{7}", "7"),
         (r"\boxed 7", "7"),
@@ -154,7 +216,7 @@ def test_boxed_answers_that_differ(one: str, other: str) -> None:
         (r"\boxed", None),
         ("7", None),
         (r"\boxed{" + "9" * 5000 + "}", "9" * 5000),
-        (r"\boxed{1/0}", "1/0"),
+        (r"\boxed{1/0}", r"\frac{1}{0}"),
     ],
 )
 def test_boxed(completion: str, answer: str | None) -> None:
@@ -206,7 +268,9 @@ def test_nothing_breaks_or_hangs(name: str) -> None:
     for text in ("", "\x00", "9" * 20_000, "-" * 5000, "1," * 5000, "{" * 5000, "(A" * 3000,
                  "\\boxed{" * 500, "\\text{" * 500, "```" * 1000, "\u2212" * 99, "1/" * 2000,
                  "answer " * 2000, "\\boxed{" + "\\text{" * 300 + "}" * 301,
-                 " " * 9000):  # fmt: skip
+                 " " * 9000, "9" * 20_000 + "^\\pi", "1 " * 5000 + "\\sqrt", "x^{" * 3000,
+                 "\\boxed{" + "ab" * 5000 + "/}", "#### " + "= " * 5000,
+                 "\\boxed{" + "a." * 5000 + "5}"):  # fmt: skip
         extract(text)
 
 
@@ -219,6 +283,12 @@ def test_reward_is_plus_or_minus_one() -> None:
     assert rewards.reward_of(True) == 1.0
     assert rewards.reward_of(False) == -1.0
     assert rewards.reward_of(False, wrong=-0.1) == -0.1
+
+
+@pytest.mark.parametrize("text", ["1, 234", "x^{10}", r"1\\2", "-a/b", r"(\pi/2, 3{,}000)", "5m"])
+def test_one_form_is_its_own(text: str) -> None:
+    once = normalise(text)
+    assert normalise(once) == once
 
 
 def test_an_answer_without_an_answer_is_an_error() -> None:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 from t2runtime.rewards.choices import choice
 from t2runtime.rewards.code import code
+from t2runtime.rewards.finals import final_number
 from t2runtime.rewards.formulas import boxed
-from t2runtime.rewards.numbers import final_number, number
+from t2runtime.rewards.numbers import number
 
 Extract = Callable[[str], str | None]
 

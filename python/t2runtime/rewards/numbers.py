@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from fractions import Fraction
+
+from t2runtime.rewards.latex import whole_fractions
 
 _MINUS = str.maketrans(dict.fromkeys("\u2212\u2013\ufe63\uff0d", "-"))
 _UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+#: Powers and indices are no numbers by themselves: the 2 of cm^2, of x_2.
 _NUMBER = re.compile(
-    rf"(?<![\w.])(?P<top>[-+]?(?:{_UNSIGNED}))"
+    rf"(?<![\w.^])(?<![\^_]\{{)(?P<top>[-+]?(?:{_UNSIGNED}))"
     rf"(?:[eE](?P<power>[-+]?\d{{1,3}})(?!\w)|/(?P<bottom>(?:{_UNSIGNED}))(?![\d/]))?"
+)
+_POWER = re.compile(r"\s?\^(?!\s?\{?\s?\\circ)")
+_FRACTION = re.compile(rf"\\frac\s*\{{\s*([-+]?(?:{_UNSIGNED}))\s*\}}\s*\{{\s*({_UNSIGNED})\s*\}}")
+_MIXED = re.compile(r"(?<![\w.,/])(\d{1,9})\s{1,3}(\d{1,9})/(\d{1,9})(?![\d/])")
+#: Not a number of the kind that is read here, whatever stands before it.
+_IRRATIONAL = re.compile(
+    r"(?:[\d.,]{1,30}\s?)?\\(?:pi(?![a-zA-Z])|sqrt\s*(?:\[\d+\])?\s*(?:\{[^{}]*\}|\d))"
 )
 #: Exponents beyond this are not numbers of an answer, and would take long to write out.
 _LARGEST_POWER = 300
 
 
 def number(completion: str) -> str | None:
-    """The last number: thousands separators removed, sign kept, currency and percent signs aside;
+    r"""The last number: thousands separators removed, sign kept, currency and percent signs aside;
     equal values give equal text.
 
     >>> number("so 1,200 + 34 = 1,234.")
@@ -25,27 +36,19 @@ def number(completion: str) -> str | None:
     ('-5', '5')
     >>> number("3.0"), number("3/4"), number("1.2e3"), number("-$5")
     ('3', '0.75', '1200', '-5')
+    >>> number(r"$x=-\frac{3}{4}$"), number("3 1/2 miles"), number("12 cm^2")
+    ('-0.75', '3.5', '12')
     >>> number("none") is None
     True
     """
-    found = list(_NUMBER.finditer(_plain(completion)))
+    found = list(_numbers(completion))
     return canonical(_value(found[-1])) if found else None
 
 
-def final_number(completion: str) -> str | None:
-    r"""The number after the first "####", else in the last \boxed{...}, else the last number.
-
-    >>> final_number("so 3 of 4. #### 12 apples\n\nQuestion: 99")
-    '12'
-    >>> final_number(r"The answer is \boxed{5} of 8")
-    '5'
-    """
-    _, marked, after = completion.partition("####")
-    if marked:
-        first = _NUMBER.search(_plain(after))
-        return None if first is None else canonical(_value(first))
-    boxes = re.findall(r"\\boxed\s*\{([^{}]*)\}", completion)
-    return (number(boxes[-1]) if boxes else None) or number(completion)
+def first_number(completion: str) -> str | None:
+    """As `number`, the first one."""
+    found = next(_numbers(completion), None)
+    return None if found is None else canonical(_value(found))
 
 
 def canonical(value: Fraction) -> str:
@@ -68,12 +71,29 @@ def canonical(value: Fraction) -> str:
     return sign + (f"{digits[:-places]}.{digits[-places:]}" if places else digits)
 
 
+def _numbers(completion: str) -> Iterator[re.Match[str]]:
+    """All numbers; what has a power (the 10 of 10^3) is left out."""
+    text = _plain(completion)
+    return (m for m in _NUMBER.finditer(text) if not _POWER.match(text, m.end()))
+
+
 def _plain(completion: str) -> str:
-    """Plain digits and signs; what stands between two numbers as a minus is no sign."""
+    """Plain digits, signs and fractions; what stands between two numbers as a minus is no sign."""
     text = completion.translate(_MINUS).replace("{,}", ",").replace("\\,", "").replace("\\!", "")
+    if "\\" in text:
+        text = _IRRATIONAL.sub(" irrational ", whole_fractions(text))
+        text = re.sub(r"(?<=\d)(?=\\frac)", " ", text)
+        text = _FRACTION.sub(r"\1/\2", text)
+    text = _MIXED.sub(_improper, text)
     text = re.sub(r"(?<=\d)[\u00a0\u202f\u2009](?=\d{3})", "", text)
     text = re.sub(r"\\?[$\u20ac\u00a3\u00a5]\s*(?=[-+.\d])", "", text)
     return re.sub(r"(?<=[\d)])\s*-\s*(?=[\d.])", " - ", text)
+
+
+def _improper(mixed: re.Match[str]) -> str:
+    """3 1/2 as 7/2; 2024 7/2 is two numbers."""
+    whole, top, bottom = map(int, mixed.groups())
+    return f"{whole * bottom + top}/{bottom}" if top < bottom else mixed[0]
 
 
 def _value(found: re.Match[str]) -> Fraction:

@@ -3,7 +3,8 @@
 data        folder with train.jsonl and test.jsonl of {"question", "answer"}; the answer's last line
             is "#### NUMBER"
 prompt      the question, then the request to end with "#### " and the number
-answer      `rewards.final_number`: after the first "####", else boxed, else the last number
+answer      `rewards.final_number`: after the first "####" (behind the last "=" of that line), else
+            boxed, else the last number
 split       the data's own train and test; a tenth of train for validation
 """
 
