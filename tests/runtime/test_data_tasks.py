@@ -274,6 +274,18 @@ PRO = {
     "new_solution": "def add3(a, b, c):\n    return add(add(a, b), c)",
     "test_code": "assert add3(1, 2, 3) == 6\nassert add3(0, 0, 0) == 0",
 }  # fmt: skip
+#: As published: the solutions are bodies, which the problems begin.
+PRO_BODIES = {
+    "id": 0,
+    "raw_problem": "from typing import List\n\n\ndef close(xs: List[float], t: float) -> bool:\n"
+    '    """Whether two are closer than t."""\n',
+    "raw_solution": "    return any(abs(a - b) < t for i, a in enumerate(xs) for b in xs[:i])\n",
+    "new_problem": "# Places of the lists with two numbers closer than t.\nimport math\n"
+    "def close_lists(lists: List[List[float]], t: float) -> List[int]:\n",
+    "new_solution": "    return [i for i, xs in enumerate(lists) if close(xs, t)]\n\n",
+    "test_code": "\nassert close_lists([[1.0, 2.0], [1.0, 1.1]], 0.5) == [1]\n"
+    "assert math.isclose(sum(close_lists([[1, 1]], 1)), 0)",
+}  # fmt: skip
 PLUS = {
     "task_id": 2, "prompt": "Add.", "code": "def add(a, b):\n    return a + b", "test_imports": [],
     "test_list": ["assert add(1, 2) == 3"],
@@ -293,6 +305,40 @@ def test_mbpp_layouts() -> None:
     problems = [classic, pro, plus, plus, classic, classic]
     replies = [good, both, good, listed_only, "I do not know.", ""]
     assert grader.grade(problems, replies) == [True, True, True, False, False, False]
+
+
+@pytest.mark.usefixtures("_runs_programs")
+def test_mbpp_pro_as_published(tmp_path: Path) -> None:
+    (tmp_path / "mbpp_pro.json").write_text(json.dumps([PRO_BODIES] * 2))
+    task = source("mbpp", data=tmp_path)
+    assert isinstance(task, FileSource) and task.skipped == 0
+    problem = mbpp.read(PRO_BODIES)
+    assert problem.answer == "close_lists"
+    whole = mbpp.reference(PRO_BODIES)
+    first, second = whole[: whole.index("# Places")], whole[whole.index("# Places") :]
+    own = "def close_lists(lists, t):\n    return [1] if len(lists) > 1 else [0]\n"
+    bare = second.replace("import math\n", "")
+    replies = [
+        f"```python\n{whole}```",
+        f"First:\n```python\n{first}```\nSecond:\n```python\n{second}```\nDone.",
+        f"```python\n{second}```\nwith\n```python\n{first}```",
+        f"```python\n{first.replace('from typing import List', '')}{bare}```",
+        f"```python\n{own}```",
+        f"```python\n{second}```",
+        f"```python\n{first}```",
+    ]
+    grader = mbpp.load(tmp_path, grader=ByTests(mbpp.assemble, PATIENT, workers=2))
+    assert grader.grade([problem] * 7, replies) == [True] * 5 + [False] * 2
+
+
+def test_mbpp_pro_refuses(tmp_path: Path) -> None:
+    for change, said in (
+        ({"test_code": "assert other(1)"}, "to define what 'test_code' calls"),
+        ({"test_code": "assert ("}, "expected tests in Python"),
+        ({"new_solution": "return )"}, "expected Python in 'new_problem' and 'new_solution'"),
+    ):
+        with pytest.raises(ValueError, match=f"line 1: .*{said}"):
+            mbpp.load(write(tmp_path / "x.jsonl", [PRO_BODIES | change]))
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,21 @@ def test_no_code() -> None:
     assert rewards.code("```\nf = len\n```\n", "f") == "f = len\n"
 
 
+def test_code_in_several_blocks() -> None:
+    def blocks(*parts: str) -> str:
+        return "\n".join(f"So:\n```python\n{part}```" for part in parts)
+
+    helper, user = "import math\ndef g(x):\n    return math.pi\n", "def f(x):\n    return g(x)\n"
+    for order in ((helper, user), (user, helper), (helper, "print(f(1))\n", user, "f(2)\n")):
+        assert rewards.code(blocks(*order), "f") == helper + user
+    assert rewards.code(blocks("def h():\n    pass\n", user), "f") == user, "not used"
+    other = "def f(x):\n    return 2\n"
+    assert rewards.code(blocks(other, user, helper), "f") == other, "the first is the answer"
+    assert rewards.code(blocks(helper, user + "  )\n"), "f") == user + "  )\n", "no Python"
+    far = "def g(x):\n    return k\n"
+    assert rewards.code(blocks("k = 3\n", far, user), "f") == "k = 3\n" + far + user
+
+
 def test_label() -> None:
     assert rewards.label(" Card arrival.\nMore") == rewards.label("card_arrival") == "card_arrival"
     assert rewards.label("why-verify identity") == "why_verify_identity"

@@ -161,11 +161,12 @@ def _parts(data: Data) -> Iterator[tuple[Split | None, str, Iterable[tuple[str, 
         if names:
             found[split] = files[names[0]]
     if not found:
-        other = [file for name, file in files.items() if name.endswith(_ENDINGS[:2])]
+        lines = [file for name, file in files.items() if name.endswith(_ENDINGS[:2])]
+        other = lines or [file for name, file in files.items() if name.endswith(_ENDINGS)]
         if len(other) != 1:
             raise ValueError(
                 f"data {str(data)!r} must hold train and test ({', '.join(_ENDINGS)}) or one "
-                f"file of JSON lines, got {', '.join(files) or 'no files'}"
+                f"such file of any name, got {', '.join(files) or 'no files'}"
             )
         found[None] = other[0]
     for part, file in found.items():
