@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -157,8 +158,7 @@ class SVFLinear(nn.Module):
             weight, cast("Tensor | None", linear.bias), factors, keep_weight=keep_weight,
             parametrisation=parametrisation, transposed=transposed, recompute=recompute,
         )  # fmt: skip
-        if keep_weight:
-            layer._original = (linear,)
+        layer._original = (linear if keep_weight else _shell(linear),)
         layer.train(linear.training)
         return layer
 
@@ -217,17 +217,19 @@ class SVFLinear(nn.Module):
     @torch.no_grad()
     def original(self) -> nn.Module:
         """The layer that this one replaced, with the base weight and the bias as they are now."""
-        if self._original is not None:
+        if self._original is None:  # made around a weight: nobody knows of what layer
+            linear: nn.Module = nn.Linear(self.in_features, self.out_features, device="meta")
+            weight = self.stored_weight()
+            linear.weight = nn.Parameter(weight.t().contiguous() if self.transposed else weight)
+        elif self.weight is None:
             linear = self._original[0]
-            linear.weight, linear.bias = self.weight, self.bias  # type: ignore[assignment]
-            return linear
-        # The weight was dropped: a new layer around the rebuilt one.
-        m, n = self.out_features, self.in_features
-        new = nn.Linear(n, m, bias=False, device="meta")
-        weight = self.stored_weight()
-        new.weight = nn.Parameter(weight.t().contiguous() if self.transposed else weight)
-        new.bias = self.bias  # type: ignore[assignment]
-        return new
+            wants_grad = weight_of(linear).requires_grad
+            linear.weight = nn.Parameter(self.stored_weight(), requires_grad=wants_grad)
+        else:
+            linear = self._original[0]
+            linear.weight = self.weight
+        linear.bias = self.bias  # type: ignore[assignment]
+        return linear
 
     def rests(self) -> bool:
         """Whether the layer's own z is the identity and wants no gradient: W is used then.
@@ -426,6 +428,17 @@ class SVFLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.bias is not None}, {self.parametrisation}, {self._U.dtype} factors{kept}"
         )
+
+
+def _shell(linear: nn.Module) -> nn.Module:
+    """A copy of the layer without the memory of its weight and bias: its class, its attributes,
+    its very hooks. The empty weight remembers whether it was trained."""
+    shell = copy.copy(linear)
+    wants_grad = weight_of(linear).requires_grad
+    empty = nn.Parameter(weight_of(linear).new_empty(0), requires_grad=wants_grad)
+    shell._parameters = {**linear._parameters, "weight": empty, "bias": None}
+    shell._buffers, shell._modules = dict(linear._buffers), dict(linear._modules)
+    return shell
 
 
 @torch.no_grad()

@@ -188,6 +188,36 @@ def test_dropped_weights(zoo, name, dtype):
     assert zoo.close(_logits(model, inputs), _logits(base, inputs), tolerance)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["attn.c_proj"]], ids=["all", "square"])
+@pytest.mark.parametrize("copied", [False, True], ids=["", "deepcopy"])
+def test_dropped_weights_come_back_as_the_layers_they_were(zoo, tmp_path, targets, copied):
+    """GPT-2's Conv1D stores (in, out): a square weight the wrong way round loads without error."""
+    base = zoo.build("gpt2")
+    inputs = zoo.inputs("gpt2")
+    model = copy.deepcopy(base)
+    model.transformer.h[0].attn.c_proj.weight.requires_grad_(False)
+    calls = []
+    handle = model.transformer.h[0].attn.c_proj.register_forward_hook(lambda *_: calls.append(1))
+    t2k.convert(model, targets, keep_weight=False, progress=False)
+    held = sum(p.numel() for p in model.parameters())
+    assert held < sum(p.numel() for p in base.parameters())  # nothing else holds the weights
+    if copied:
+        model = copy.deepcopy(model)
+    t2k.revert(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
+    assert not model.transformer.h[0].attn.c_proj.weight.requires_grad
+    assert model.transformer.h[1].attn.c_proj.weight.requires_grad
+    assert zoo.close(_logits(model, inputs), _logits(base, inputs))
+    if not copied:
+        assert calls == [1]
+        handle.remove()
+        _logits(model, inputs)
+        assert calls == [1]
+    model.save_pretrained(tmp_path)
+    fresh = type(base).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert torch.equal(_logits(fresh, inputs), _logits(model, inputs))
+
+
 def test_dropping_the_weight_needs_the_full_rank(zoo):
     model = zoo.build("llama")
     with pytest.raises(ValueError, match="keep_weight=False needs the full rank"):
