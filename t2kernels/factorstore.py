@@ -85,12 +85,17 @@ class FactorStore:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> SVDFactors:
-        """The factors of a layer on ``device`` (CPU), U and V in ``dtype`` (as stored)."""
+        """The factors of a layer on ``device`` (CPU), U and V in ``dtype`` (as stored).
+
+        What is read is compared with the file's sha256 in the manifest.
+        """
         name, entry = self._entry(name)
         path = self.path / entry["file"]
         (m, n), r = entry["shape"], entry["rank"]
         expect = {"U": (m, r), "S": (r,), "Vh": (r, n)}
-        tensors, metadata = load_tensors(path, kind=FILE_KIND, version=VERSION, expect=expect)
+        tensors, metadata = load_tensors(
+            path, kind=FILE_KIND, version=VERSION, expect=expect, sha256=entry["sha256"]
+        )
         if metadata.get("name") != name or metadata.get("fingerprint") != entry["fingerprint"]:
             raise CorruptFileError(
                 f"{path} holds the factors of {metadata.get('name')!r} "

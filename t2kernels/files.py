@@ -10,15 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
-import os
 import re
-import secrets
-import stat
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .atomic import SaveError, StrPath, atomic_path, folder_lock, remove_temporaries
 
 __all__ = [
     "CorruptFileError",
@@ -44,14 +41,10 @@ __all__ = [
     "write_json",
 ]
 
-logger = logging.getLogger(__name__)
-
-StrPath = str | os.PathLike[str]
-
-_TEMPORARY = ".t2tmp"
 # safetensors keeps its metadata in an unordered map: with one key the bytes of a file depend on
 # its contents alone.
 _METADATA_KEY = "t2k"
+_DIGEST_KEY = "digest"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 # Room for a suffix and the temporary's decoration below the 255 bytes of common file systems.
 _MAX_NAME = 200
@@ -60,10 +53,6 @@ _RESERVED = {"con", "prn", "aux", "nul", *(f"{p}{i}" for p in ("com", "lpt") for
 _MAX_HEADER = 100_000_000
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 _BYTES |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
-
-
-class SaveError(RuntimeError):
-    """A file could not be written; what was at its path before is still there."""
 
 
 class CorruptFileError(ValueError):
@@ -80,6 +69,8 @@ class Header:
     metadata: dict[str, Any] = field(default_factory=dict)
     #: the file's plain string metadata
     strings: dict[str, str] = field(default_factory=dict)
+    #: checksum of all that the file holds, as ``save_tensors`` wrote it
+    digest: str | None = None
 
 
 def check_name(name: str, what: str = "name") -> str:
@@ -103,86 +94,6 @@ def check_name(name: str, what: str = "name") -> str:
     if name.split(".")[0].lower() in _RESERVED:
         raise ValueError(f"{what} {name!r} is a device name on Windows. Choose another.")
     return name
-
-
-@contextmanager
-def atomic_path(path: StrPath) -> Iterator[Path]:
-    """Yields a temporary path beside ``path``; on success it is flushed and replaces ``path``.
-
-    A symlink is followed: its target is replaced. The file keeps the mode of the one it replaces;
-    a new one has what the umask allows. Folders, devices and pipes are refused.
-    On any error the temporary file is removed and ``path`` keeps what it held; an ``OSError`` or
-    a safetensors error becomes a ``SaveError``.
-    """
-    path = Path(path)
-    try:
-        path = Path(os.path.realpath(path, strict=True)) if path.is_symlink() else path
-        mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
-    except OSError as error:
-        raise SaveError(f"cannot write {path}: {error}. Does the link lead anywhere?") from error
-    if path.is_dir():
-        raise SaveError(f"cannot write {path}: it is a folder. Give the path of a file.")
-    if mode is not None and not path.is_file():
-        raise SaveError(
-            f"cannot write {path}: it is a device or a pipe. Give the path of a regular file."
-        )
-    if not path.parent.is_dir():
-        raise SaveError(f"cannot write {path}: the folder {path.parent} does not exist. Create it.")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
-    try:
-        # Made here, by open: other writers may give it 0600, whatever the umask.
-        temporary.touch()
-        mode = stat.S_IMODE(temporary.stat().st_mode) if mode is None else mode
-        yield temporary
-        _flush(temporary)
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        _remove(temporary)
-        raise SaveError(
-            f"cannot write {path}: {error}. Nothing was changed there; "
-            "check the free space and the rights of its folder."
-        ) from error
-    except BaseException:
-        _remove(temporary)
-        raise
-    _flush_folder(path.parent)
-
-
-def remove_temporaries(folder: StrPath) -> int:
-    """Deletes what a killed writer left half-written in ``folder``; returns how many files."""
-    found = [p for p in Path(folder).glob(f".*{_TEMPORARY}") if p.is_file()]
-    for path in found:
-        _remove(path)
-    return len(found)
-
-
-@contextmanager
-def folder_lock(folder: StrPath) -> Iterator[None]:
-    """One writer in ``folder`` at a time; a second one gets a RuntimeError at once.
-
-    The lock is the operating system's and ends with its process, however that ends. Where there
-    is no such lock (Windows, some network file systems) this does nothing.
-    """
-    try:
-        import fcntl
-
-        descriptor = os.open(folder, os.O_RDONLY)
-    except (ImportError, PermissionError):
-        yield
-        return
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RuntimeError(
-                f"{folder} is being written by another process. Wait for it or use another folder."
-            ) from error
-        except OSError:
-            logger.debug("no lock on %s: its file system has none", folder)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def write_json(path: StrPath, value: Mapping[str, Any]) -> None:
@@ -216,11 +127,15 @@ def save_tensors(
     path: StrPath,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, Any] | None = None,
+    *,
+    digest: bool = True,
 ) -> None:
     """Writes tensors and a JSON-able ``metadata`` as one safetensors file, atomically.
 
     The bytes depend only on names, values and metadata, so that two runs can be compared. Strided
     views are made contiguous; ``metadata`` should have "kind" and "version" for ``load_tensors``.
+    A checksum of both joins the metadata, unless the caller keeps one of the file elsewhere
+    (``digest=False``).
     """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -235,14 +150,20 @@ def save_tensors(
         seen.add(pointer)
     strings = None
     if metadata is not None:
+        if _DIGEST_KEY in metadata:
+            raise ValueError(f"{path}: metadata must not have a key {_DIGEST_KEY!r}. Rename it.")
         try:
-            text = json.dumps(metadata, sort_keys=True, allow_nan=False)
+            # There and back: keys that are numbers become text, and sorted as such.
+            facts = json.loads(json.dumps(metadata, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise type(error)(
                 f"{path}: metadata must be what JSON can hold: text, finite numbers, lists and "
                 f"mappings ({error}). Replace NaN and inf by None or by text."
             ) from error
-        strings = {_METADATA_KEY: text}
+        if digest:
+            marks = {name: _hash(tensor).hexdigest() for name, tensor in plain.items()}
+            facts[_DIGEST_KEY] = _digest(plain, marks, facts)
+        strings = {_METADATA_KEY: json.dumps(facts, sort_keys=True)}
     with atomic_path(path) as temporary:
         save_file(plain, str(temporary), metadata=strings)
 
@@ -252,7 +173,11 @@ def read_header(path: StrPath) -> Header:
 
     Compares the file's size with what the header says, so that a truncated file is found here.
     """
-    path = _existing(path, "safetensors file")
+    return _read_header(_existing(path, "safetensors file"))[0]
+
+
+def _read_header(path: Path) -> tuple[Header, bytes, list[str]]:
+    """(header, the bytes before the data, the tensors' names in the order of the data)."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)
@@ -269,6 +194,7 @@ def read_header(path: StrPath) -> Header:
         entries = json.loads(raw)
         strings = dict(entries.pop("__metadata__", None) or {})
         tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        begin: dict[str, int] = {}
         end = 0
         for name, entry in entries.items():
             shape = tuple(int(s) for s in entry["shape"])
@@ -276,7 +202,7 @@ def read_header(path: StrPath) -> Header:
             width = _BYTES.get(entry["dtype"])
             if width is not None and last - first != width * math.prod(shape):
                 raise ValueError(f"{name!r} has {last - first} bytes for shape {shape}")
-            tensors[name] = (str(entry["dtype"]), shape)
+            tensors[name], begin[name] = (str(entry["dtype"]), shape), first
             end = max(end, last)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError,
             OverflowError) as error:  # fmt: skip
@@ -285,7 +211,9 @@ def read_header(path: StrPath) -> Header:
         ) from error
     if size != 8 + length + end:
         raise _truncated(path, 8 + length + end, size)
-    return Header(tensors, _own_metadata(path, strings), strings)
+    metadata = _own_metadata(path, strings)
+    header = Header(tensors, metadata, strings, metadata.pop(_DIGEST_KEY, None))
+    return header, start + raw, sorted(tensors, key=lambda name: begin[name])
 
 
 def load_tensors(
@@ -295,33 +223,70 @@ def load_tensors(
     version: int | None = None,
     expect: Mapping[str, tuple[int, ...] | None] | None = None,
     device: str | torch.device = "cpu",
+    sha256: str | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads a file of ``save_tensors``: (tensors, metadata), checked before any data is used.
 
+    The checksum is taken of what was read, in memory: the file is read once, and no more than its
+    tensors are held. Files without one (of other programs, of earlier releases) are accepted.
+
     Args:
         kind, version: what the metadata must say.
+        sha256: of the whole file, where it is known; then it is what counts.
         expect: the names the file must hold, no more and no less; with a shape where it matters.
         device: where the tensors go. On the CPU they are copies in memory, not a mapped file:
             aligned, and untouched by what later happens to the file.
 
     Raises:
         FileNotFoundError: no such file. CorruptFileError: truncated, damaged, another kind or
-        version, missing or surplus tensors, wrong shapes.
+        version, missing or surplus tensors, wrong shapes, a wrong checksum.
     """
-    header = read_header(path)
-    _check_kind(Path(path), header.metadata, kind, version)
+    path = _existing(path, "safetensors file")
+    header, start, order = _read_header(path)
+    _check_kind(path, header.metadata, kind, version)
     if expect is not None:
-        _check_tensors(Path(path), header, expect)
+        _check_tensors(path, header, expect)
     device = torch.device(device)
-    tensors = {}
+    whole = None if sha256 is None else hashlib.sha256(start)
+    tensors: dict[str, Tensor] = {}
+    marks: dict[str, str] = {}
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
-            for name in header.tensors:
-                mapped = file.get_tensor(name)
-                tensors[name] = mapped.clone() if device.type == "cpu" else mapped.to(device)
+            for name in order:
+                values = file.get_tensor(name).clone()
+                if whole is not None:
+                    _hash(values, whole)
+                elif header.digest is not None:
+                    marks[name] = _hash(values).hexdigest()
+                tensors[name] = values.to(device)
     except (SafetensorError, OSError) as error:
         raise CorruptFileError(f"{path} cannot be read: {error}. Make it again.") from error
-    return tensors, header.metadata
+    if whole is not None:
+        sound = whole.hexdigest() == sha256
+    else:
+        sound = header.digest in (None, _digest(tensors, marks, header.metadata))
+    if not sound:
+        raise CorruptFileError(
+            f"{path} is damaged: its {'checksum' if whole is None else 'sha256'} is not the one "
+            "that was taken when it was written. Copy or make it again."
+        )
+    return {name: tensors[name] for name in header.tensors}, header.metadata
+
+
+def _hash(tensor: Tensor, into: Any = None) -> Any:
+    """sha256 of a CPU tensor's bytes, or those bytes added to a hash."""
+    into = hashlib.sha256() if into is None else into
+    into.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return into
+
+
+def _digest(
+    tensors: Mapping[str, Tensor], marks: Mapping[str, str], metadata: Mapping[str, Any]
+) -> str:
+    """One checksum of metadata, names, dtypes, shapes and the hashes of the tensors' bytes."""
+    parts = [[name, str(t.dtype), list(t.shape), marks.get(name)] for name, t in tensors.items()]
+    text = json.dumps([metadata, sorted(parts, key=lambda part: str(part[0]))], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_sha256(path: StrPath) -> str:
@@ -395,27 +360,3 @@ def _truncated(path: Path, expected: int, got: int) -> CorruptFileError:
     return CorruptFileError(
         f"{path} is {state}: expected {expected} bytes, got {got}. Copy or make it again."
     )
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _flush_folder(folder: Path) -> None:
-    # The rename itself must reach the disk too; where folders cannot be opened (Windows, some
-    # network file systems) the file is still whole, only perhaps the old one after a power cut.
-    try:
-        _flush(folder)
-    except OSError:
-        return
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink()
-    except OSError:
-        return

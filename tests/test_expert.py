@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import t2kernels as t2k
@@ -156,6 +157,35 @@ def test_damaged_files_say_so(tmp_path):
     files.save_tensors(path, {"up": torch.ones(2)}, {"kind": "expert", "version": 1})
     with pytest.raises(t2k.CorruptFileError, match="not a whole expert"):
         t2k.Expert.load(path)
+
+
+def test_one_flipped_bit_anywhere_is_found(tmp_path):
+    path = tmp_path / "a.safetensors"
+    expert = t2k.Expert({"up": torch.rand(4)}, {"up": "ab"}, "tiny", "adds", {"n": [1, 0.1, "ü"]})
+    expert.save(path)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        try:
+            again = t2k.Expert.load(path)
+        except t2k.CorruptFileError as error:
+            assert str(path) in str(error)
+        else:  # the name of the checksum itself, or white space
+            assert torch.equal(again.z["up"], expert.z["up"]), place
+            assert (again.fingerprints, again.base_model) == (expert.fingerprints, "tiny"), place
+            assert (again.description, again.metadata) == ("adds", {"n": [1, 0.1, "ü"]}), place
+    path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 0x10]) + whole[-2:])
+    with pytest.raises(t2k.CorruptFileError, match=r"damaged.*checksum.*Copy or make it again"):
+        t2k.Expert.load(path)
+
+
+def test_files_without_a_checksum_are_read(tmp_path):
+    """Those of earlier releases."""
+    path = tmp_path / "a.safetensors"
+    facts = {"kind": "expert", "version": 1, "base_model": None, "description": "old"}
+    facts |= {"fingerprints": {}, "metadata": {}}
+    save_file({"up": torch.ones(3)}, str(path), metadata={"t2k": json.dumps(facts)})
+    assert t2k.Expert.load(path).description == "old"
 
 
 def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):

@@ -14,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t2kernels import files
 from t2kernels.files import (
     CorruptFileError,
     SaveError,
@@ -92,6 +91,28 @@ def test_round_trip_and_bytes(tmp_path: Path) -> None:
     assert file_sha256(tmp_path / "x.safetensors") == file_sha256(tmp_path / "y.safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.safetensors", "y.safetensors"]
     assert read_header(tmp_path / "x.safetensors").tensors["a"] == ("F32", (2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float64, torch.int8], ids=str)
+def test_checksums_of_every_kind_of_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = tmp_path / "x.safetensors"
+    tensors = {"m": torch.rand(3, 5), "one": torch.ones(()), "none": torch.zeros(0, 4)}
+    tensors = {name: t.to(dtype) for name, t in tensors.items()} | {"wide": torch.rand(7)}
+    for facts in (META | {"nested": {"1": 0.1, "b": [None, "ü"]}}, None):
+        save_tensors(path, tensors, facts)
+        got, meta = load_tensors(path, sha256=file_sha256(path))
+        assert meta == (facts or {}) and got.keys() == tensors.keys()
+        assert all(torch.equal(got[k], v) and got[k].dtype == v.dtype for k, v in tensors.items())
+    with pytest.raises(CorruptFileError, match=r"x\.safetensors is damaged: its sha256"):
+        load_tensors(path, sha256="0" * 64)
+    with pytest.raises(ValueError, match="metadata must not have a key 'digest'"):
+        save_tensors(path, tensors, META | {"digest": "mine"})
+
+
+def test_keys_that_are_numbers_do_not_spoil_the_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, _tensors(), META | {"steps": {2: "a", 10: "b"}})
+    assert load_tensors(path)[1]["steps"] == {"2": "a", "10": "b"}
 
 
 def test_views_and_shared_memory(tmp_path: Path) -> None:
@@ -207,7 +228,7 @@ def test_full_disk_at_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whe
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files.os, where, full)
+    monkeypatch.setattr(os, where, full)
     with pytest.raises(SaveError, match=r"x\.json.*No space left.*Nothing was changed"):
         write_json(path, {"a": 1})
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

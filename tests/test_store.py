@@ -191,7 +191,7 @@ KILL = """
 import os, signal, sys
 from t2kernels import files, store
 function, number, source, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
-owner = files if function == "save_file" else files.os
+owner = files if function == "save_file" else os
 original, calls = getattr(owner, function), [0]
 
 def killed(*args, **kwargs):
@@ -361,6 +361,12 @@ def test_damaged_store(source: Path, tmp_path: Path) -> None:
     path.write_bytes(good[:-1])
     with pytest.raises(CorruptFileError, match="truncated"):
         store.load(name)
+    for place in (20, -41):  # in the header, among the values
+        flipped = bytearray(good)
+        flipped[place] ^= 0x40
+        path.write_bytes(flipped)
+        with pytest.raises(CorruptFileError, match=rf"{name}\.safetensors.*(sha256|damaged)"):
+            store.load(name)
     path.write_bytes((out / store.info(other)["file"]).read_bytes())
     with pytest.raises(CorruptFileError):
         store.load(name)
