@@ -71,7 +71,8 @@ def backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def batch_invariant(enabled: bool = True) -> Iterator[None]:
-    """Inside, a row's output bits depend neither on the other rows nor on their number.
+    """Inside, the output bits of a row of a converted layer depend on no other row nor on how many
+    there are.
 
     The backend's order of summation is fixed, and so is the form of a layer: within
     ``ExpertBank.use`` every row is computed in factorised form, also when no row has an expert.
