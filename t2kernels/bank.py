@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import math
-import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +16,9 @@ from .convert import converted_layers
 from .diagonal import MIXTURES, mix
 from .expert import Expert
 from .files import check_name
+from .mixtures import Mixture, check_defined, weights_of
 from .nn.routing import BASE_KEY, ROW_ORDERS, Plan, Route
 from .ops.library import check_slot_values
-
-Mixture = str | Mapping[str, float] | None
 
 _SERIALS = itertools.count()
 
@@ -210,8 +207,12 @@ class ExpertBank:
         involved = [n for n in self.names if any(n in dict(w) for w in distinct)]
         alpha = torch.tensor([[dict(w).get(n, 0.0) for n in involved] for w in distinct])
         Z = torch.stack([self._vector(n) for n in involved])
+        alpha = alpha.to(Z.device)
+        check_defined(
+            "ExpertBank.use", self._layers, Z, alpha, mixture, [weights.index(w) for w in distinct]
+        )
         arena = self._arena(len(distinct))
-        arena[: len(distinct)] = self._diagonals(Z, alpha.to(Z.device), mixture)
+        arena[: len(distinct)] = self._diagonals(Z, alpha, mixture)
         if slot is None and (single or len(requests) == 1):
             return Plan("uniform", (mixture, (self._content(weights[0]),)), 1, arena)
         rows = torch.tensor([distinct.index(w) if w else -1 for w in weights], dtype=torch.int32)
@@ -238,6 +239,7 @@ class ExpertBank:
         alpha = alpha.to(self._device, torch.float32)
         Z = torch.stack([self._vector(n) for n in self.names])
         B = alpha.shape[0]
+        check_defined("ExpertBank.use", self._layers, Z, alpha, mixture, range(B))
         rows = torch.arange(B, dtype=torch.int32)
         uniform = B == 1 and slot is None  # one request: nothing to tell apart
         if alpha.requires_grad:
@@ -277,29 +279,11 @@ class ExpertBank:
         return Plan("rows", key, rows.shape[0], arena, rows, with_base[slot.long()])
 
     def _weights(self, entry: Mixture, mixture: str) -> tuple[tuple[str, float], ...]:
-        """A request's mixture as ((name, weight), ...); () is the base."""
-        if entry is None:
-            return ()
-        if isinstance(entry, str):
-            entry = {entry: 1.0}
-        if not isinstance(entry, Mapping):
-            raise TypeError(
-                "ExpertBank.use: a request's entry must be a name, a {name: weight} or None, got "
-                f"{type(entry).__name__}."
-            )
-        for name, weight in entry.items():
-            self._known(name)
-            if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
-                raise TypeError(
-                    f"ExpertBank.use: the weight of {name!r} must be a number, got {weight!r}."
-                )
-            if not math.isfinite(weight):
-                raise ValueError(f"ExpertBank.use: the weight of {name!r} is {weight}.")
-        if mixture == "paper-normalised" and entry and sum(entry.values()) == 0:
-            raise ValueError("ExpertBank.use: 'paper-normalised' divides by Σα, which is 0 here.")
+        """A request's mixture as ((name, weight), ...) in the bank's order; () is the base."""
+        given = weights_of(entry, self._known)
         if mixture == "deviation":
-            entry = {n: w for n, w in entry.items() if w != 0}
-        return tuple((n, float(entry[n])) for n in self.names if n in entry)
+            given = {n: w for n, w in given.items() if w != 0}
+        return tuple((n, given[n]) for n in self.names if n in given)
 
     def _content(self, weights: tuple[tuple[str, float], ...]) -> object:
         return tuple((self._serial[n], w) for n, w in weights)
@@ -357,6 +341,7 @@ class ExpertBank:
             return
         Z = torch.stack([self._vector(n) for n, _ in weights])
         alpha = torch.tensor([[w for _, w in weights]], device=Z.device)
+        check_defined("ExpertBank.merge", self._layers, Z, alpha, mixture, [0])
         d = self._diagonals(Z, alpha, mixture)[0]
         offset = 0
         try:

@@ -10,6 +10,10 @@ from torch import Tensor
 
 PARAMETRISATIONS = ("direct", "sigmoid-normalised")
 MIXTURES = ("deviation", "paper", "paper-normalised", "authors")
+# What a form divides by.
+DIVISORS = {"paper-normalised": "Σα", "authors": "Σ(σ⊙z)"}
+# A sum is 0 when it is this small beside its terms: ten times what rounding in fp32 leaves over.
+_CANCELLED = 1e-6
 
 
 def _check_choice(what: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -17,10 +21,19 @@ def _check_choice(what: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{what} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
 
 
+def _may_look(t: Tensor) -> bool:
+    """Whether looking at values is free: on a CPU, with nobody between us and them."""
+    return (
+        t.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 def check_sigma(S: Tensor) -> None:
     """Raise on negative or non-finite singular values; on a CPU only, where looking is free."""
-    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    if S.device.type != "cpu" or S.numel() == 0 or watched:
+    if S.numel() == 0 or not _may_look(S):
         return
     low, high = (v.item() for v in torch.aminmax(S.detach()))
     if not (low >= 0 and high < float("inf")):
@@ -30,9 +43,13 @@ def check_sigma(S: Tensor) -> None:
         )
 
 
-def _nuclear_scale(S: Tensor, z: Tensor) -> Tensor:
-    """c = Σσ / Σ(σ⊙z), shape (..., 1): with it the nuclear norm of W′ is that of W."""
-    return S.sum() / (S * z).sum(-1, keepdim=True)
+def _normalised(S: Tensor, z: Tensor) -> Tensor:
+    """z·Σσ / Σ(σ⊙z), which gives W′ the nuclear norm of W; 1 where W is all zeros."""
+    norm, new = S.sum(), (S * z).sum(-1, keepdim=True)
+    zero = norm == 0
+    # Divided by something, so that neither the value nor the gradient is 0/0.
+    scale = norm / torch.where(zero, 1.0, new)
+    return torch.where(zero, 1.0, z * scale)
 
 
 def effective_multiplier(S: Tensor, z: Tensor, parametrisation: str = "direct") -> Tensor:
@@ -55,7 +72,7 @@ def effective_multiplier(S: Tensor, z: Tensor, parametrisation: str = "direct") 
     if parametrisation == "direct":
         return z
     s = torch.sigmoid(z)
-    return s * _nuclear_scale(S.to(z.dtype), s)
+    return _normalised(S.to(z.dtype), s)
 
 
 def effective_diagonal(S: Tensor, z: Tensor, parametrisation: str = "direct") -> Tensor:
@@ -98,14 +115,44 @@ def mix(Z: Tensor, alpha: Tensor, form: str = "deviation", S: Tensor | None = No
     tensor([[2., 1.]])
     """
     _check_choice("mixture", form, MIXTURES)
+    if form == "authors" and S is None:
+        raise ValueError("mix: the form 'authors' needs S, the singular values.")
+    if form in DIVISORS and _may_look(alpha):
+        bad = undefined(Z, alpha, form, S).nonzero()
+        if len(bad):
+            row = int(bad[0])
+            raise ValueError(
+                f"mix: form {form!r} divides by {DIVISORS[form]}, which is 0 for row {row} of "
+                f"alpha, {alpha[row].tolist()}. Give weights that do not cancel, or use "
+                "'deviation', in which weights of 0 are the base."
+            )
     deviation = form == "deviation"
     total = Z.new_full((alpha.shape[0], Z.shape[1]), 1.0 if deviation else 0.0)
     for k in range(Z.shape[0]):
         total = total + alpha[:, k : k + 1] * (Z[k] - 1 if deviation else Z[k])
     if form == "paper-normalised":
         return total / alpha.sum(-1, keepdim=True)
-    if form == "authors":
-        if S is None:
-            raise ValueError("mix: the form 'authors' needs S, the singular values.")
-        return total * _nuclear_scale(S, total)
+    if form == "authors" and S is not None:
+        return _normalised(S, total)
     return total
+
+
+@torch.no_grad()
+def undefined(Z: Tensor, alpha: Tensor, form: str, S: Tensor | None = None) -> Tensor:
+    """(B,) bool: the rows of ``alpha`` whose mixture divides by 0, give or take rounding.
+
+    Σα of "paper-normalised" and Σ(σ⊙z) of "authors", against what they are without signs: a
+    quotient by what rounding left over would be noise. Not by a matrix product: autocast and TF32
+    would round it.
+    """
+    if form == "authors" and S is not None:
+        norms, sizes = (Z * S).sum(-1), (Z.abs() * S).sum(-1)
+        # Any z is the base of a zero matrix.
+        matters = S.sum() > 0
+    elif form == "paper-normalised":
+        norms = sizes = Z.new_ones(())
+        matters = norms > 0
+    else:
+        return torch.zeros(alpha.shape[0], dtype=torch.bool, device=alpha.device)
+    left, size = (alpha * norms).sum(-1).abs(), (alpha.abs() * sizes).sum(-1)
+    return matters & (left <= _CANCELLED * size)
