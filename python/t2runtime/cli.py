@@ -8,6 +8,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,8 +17,20 @@ from t2runtime import options
 from t2runtime.parser import Parser
 from t2runtime.rewards import EXTRACTORS
 
-_TASK = "gsm8k, mbpp, add, ..., category:a+b, or a .jsonl file"
+_TASK = "gsm8k, mbpp, add, story:animal, ..., category:a+b, or a .jsonl file"
+_CHAT = "whether prompts go into the chat template (default: where there is one)"
 _TARGETS = "all-linear, mlp, attention, names with commas, or a regex"
+#: The library speaks to programs; here the same thing is an option.
+_SPOKEN = (
+    (r"pass allow_mismatch=True", "give --allow-mismatch"),
+    (r"overwrite=True", "--overwrite"),
+    (r"on_bad_lines='skip'", "--skip-bad-lines"),
+    (r"\bchat='(\w+)'", r"--chat \1"),
+    (r"\bextract=(?=[\w'])", "--extract "),
+    (r"(?<=leave out )extract\b", "--extract"),
+    (r"\bdata=(?=[\w'])", "--data "),
+    (r"(?<![-\w'])max_new_tokens\b", "--max-new-tokens"),
+)
 USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError)
 
 
@@ -101,7 +114,10 @@ def _eval(commands: Any) -> None:
     _model_options(p)
     p.add_argument("--task", required=True, help=_TASK)
     p.add_argument("--data", metavar="PATH", help="file or folder of the task's data")
-    p.add_argument("--expert", action="append", default=[], metavar="FILE")
+    p.add_argument(
+        "--expert", action="append", default=[], metavar="FILE", help="or a folder of PEFT's"
+    )
+    p.add_argument("--chat", choices=("auto", "on", "off"), default="auto", help=_CHAT)
     p.add_argument("--split", choices=("test", "validation"), default="test")
     p.add_argument("--limit", type=int, default=256, help="at most so many problems")
     p.add_argument("--rows", type=int, default=64, help="problems generated at once")
@@ -147,6 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     _model_options(p)
     p.add_argument("--expert", action="append", default=[], metavar="FILE[=WEIGHT]")
     p.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    p.add_argument("--chat", choices=("auto", "on", "off"), default="auto", help=_CHAT)
     p.add_argument("--max-new-tokens", type=int, help="default: 64, or what the context leaves")
     p.add_argument(
         "--two-pass", action="store_true", help="let the model choose one of the experts per prompt"
@@ -215,8 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("T2_DEBUG"):
             raise
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        # The library speaks to programs; here the same thing is an option.
-        text = text.replace("pass allow_mismatch=True", "give --allow-mismatch")
-        text = text.replace("overwrite=True", "--overwrite")
+        for pattern, option in _SPOKEN:
+            text = re.sub(pattern, option, text)
         print(f"t2 {args.command}: error: {' '.join(text.split())}", file=sys.stderr)
         return 2 if isinstance(error, USER_ERRORS) else 1

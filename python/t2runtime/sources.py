@@ -1,5 +1,5 @@
-"""A task by its name: generated, known with data of the user's, a JSON-lines file, or the category
-of other tasks' questions.
+"""A task by its name: generated, known with data of the user's, a JSON-lines file, the category of
+other tasks' questions, or a property of stories.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from t2runtime.tasks import (
     humaneval,
     jsonl,
     mbpp,
+    stories,
 )
 from t2runtime.tasks.files import Data, OnBadLines
 
@@ -50,8 +51,8 @@ def source(
 
     A generated task ("add", "category", ...); a known one ("gsm8k", "mbpp", ...) with `data`, a
     local file or folder or "hf://owner/name"; a path that ends in .jsonl; or "category:gsm8k+mbpp"
-    with `data`, a folder that holds one of the same name for each. `extract` names the way answers
-    are read where it is not to be the task's own.
+    with `data`, a folder that holds one of the same name for each; or "story:animal", a property
+    of stories. `extract` names the way completions are read where it is not to be the task's own.
     """
     if extract is not None and extract not in rewards.EXTRACTORS:
         known = ", ".join(rewards.EXTRACTORS)
@@ -64,7 +65,7 @@ def source(
     if name in KNOWN or name.startswith(OF_SEVERAL):
         if data is None:
             raise ValueError(
-                f"task {name!r} needs its data: give the file or folder (data=, or --data)"
+                f"task {name!r} needs its data: give the file or folder with data=PATH"
             )
         if name in KNOWN:
             return _known(name, data, reads, on_bad_lines)
@@ -72,8 +73,9 @@ def source(
             raise ValueError(f"task {name!r} reads answers as pass 1 does; leave out extract")
         return _categories(name[len(OF_SEVERAL) :].split("+"), data, on_bad_lines)
     generated = (*tasks.CATEGORIES, tasks.category.NAME)
-    if name not in generated:
-        names = [*generated, *KNOWN]
+    told = name.startswith(stories.PREFIX)
+    if name not in generated and not told:
+        names = [*generated, *KNOWN, *(stories.PREFIX + of for of in stories.PROPERTIES)]
         close = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
@@ -82,7 +84,14 @@ def source(
         )
     if data is not None:
         raise ValueError(f"task {name!r} is generated and reads no data, got data={str(data)!r}")
-    return tasks.Generated(name, grader=tasks.EXACT if reads is None else ByAnswer(reads))
+    if told:
+        if extract is not None:
+            raise ValueError(f"task {name!r} looks at the whole story; leave out extract")
+        return stories.Stories(name[len(stories.PREFIX) :])
+    grader = tasks.EXACT if reads is None else ByAnswer(reads)
+    for problem in tasks.problems(name, 16, "train"):
+        grader.check(problem)
+    return tasks.Generated(name, grader=grader)
 
 
 def _known(

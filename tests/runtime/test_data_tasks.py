@@ -114,6 +114,67 @@ def test_broken_lines_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert sum(task.size(split) for split in ("train", "validation", "test")) == 40
 
 
+def test_all_broken_lines_are_counted_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = broken(tmp_path)
+    with pytest.raises(ValueError, match=r"line 41: .* Broken lines in all: 6\."):
+        gsm8k.load(path)
+    gsm8k.load(path, on_bad_lines="skip")
+    assert all(f"line {number}:" in caplog.text for number in range(41, 47))
+    caplog.clear()
+    path = write(tmp_path / "more.jsonl", [*words(40), *["{"] * 30])
+    gsm8k.load(path, on_bad_lines="skip")
+    assert "30 broken lines left out" in caplog.text and "; and 10 more" in caplog.text
+
+
+def test_a_byte_order_mark_is_no_broken_line(tmp_path: Path) -> None:
+    rows = words(3)
+    for name, text in (
+        ("test.jsonl", "\n".join(map(json.dumps, rows))), ("test.json", json.dumps(rows)),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert gsm8k.load(tmp_path / name).size("test") == 3
+
+
+def test_prompts_that_come_again_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    again = [words(1, start=3)[0] | {"answer": "#### 99"}, words(1, start=4)[0]]
+    write(tmp_path / "test.jsonl", [*words(10), *again])
+    write(tmp_path / "train.jsonl", words(40, start=8))
+    task = gsm8k.load(tmp_path)
+    # Rows 8 and 9 of train are test questions; the checksum had put one into validation.
+    assert (task.size("test"), task.repeated, task.shared, task.skipped) == (10, 3, 1, 0)
+    assert {p.answer for p in task(99, "test", 0)} == {str(i + 1) for i in range(10)}, "the first"
+    assert "3 held-out rows left out" in caplog.text and "1 training rows" in caplog.text
+
+
+def test_another_way_to_read_completions(tmp_path: Path) -> None:
+    gsm = source("gsm8k", data=write(tmp_path / "test.jsonl", words(12)), extract="boxed")
+    problem = Problem("q", "10", "gsm8k")
+    assert gsm.grade([problem] * 3, [r"\boxed{10}", r"\boxed{11}", "#### 10"]) == [
+        True,
+        False,
+        False,
+    ]
+    rows = [{"problem": "?", "solution": r"\boxed{\frac{3}{4}}"}]
+    path = write(tmp_path / "math.jsonl", rows)
+    math = source("math", data=path, extract="number")
+    assert math.grade([competition_math.read(rows[0])] * 2, ["so 3/4.", "so 0.5"]) == [True, False]
+    write(path, [*rows, {"problem": "!", "solution": r"\boxed{x^2+1}"}])
+    said = r"line 2: expected an answer that can be read with extract=number, got '.*x\^2"
+    with pytest.raises(ValueError, match=said):
+        source("math", data=path, extract="number")
+    with pytest.raises(ValueError, match="line 1: .* extract=number, got 'B'"):
+        source("arc-easy", data=write(tmp_path / "x.jsonl", [COLUMNS]), extract="number")
+    mine = write(tmp_path / "mine.jsonl", [{"prompt": "q", "answer": r"\frac12"}])
+    assert source(str(mine), extract="boxed").grade(
+        [Problem("q", r"\frac12", "mine")], [r"It is \boxed{0.5}"]
+    ) == [True]
+    assert source("add", extract="boxed").grade([Problem("q", "85", "add")], [r"\boxed{85}"])[0]
+
+
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(json.dumps(words(1)[0]).encode() + b'\n{"question": "\xff"}\n')
@@ -367,7 +428,9 @@ def test_humaneval_layouts(tmp_path: Path) -> None:
     task = humaneval.load(write(tmp_path / "HumanEval.jsonl", [HUMAN]))
     (problem,) = task(10, "test", 0)
     assert problem.prompt == HUMAN["prompt"]
-    with pytest.raises(ValueError, match="no train problems"):
+    with pytest.raises(
+        ValueError, match=r"no train problems.*evaluate on it, and train on another"
+    ):
         task(1, "train", 0)
     body = HUMAN["canonical_solution"]
     replies = [

@@ -1,16 +1,19 @@
 """`t2 eval MODEL --task T [--data FILE] [--expert E ...]`: greedy accuracy of the base and of each
-expert.
+expert, or LoRA, DoRA or IA3 in a folder of PEFT's.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import t2kernels as t2k
 from t2runtime.commands.train import targets
 from t2runtime.evaluate import Score, evaluate
+from t2runtime.formats.saved import kind_of, refuse, with_adapter
 from t2runtime.loading import load
 from t2runtime.sources import source
 
@@ -30,23 +33,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         on_bad_lines="skip" if args.skip_bad_lines else "error",
     )
     problems = task(args.limit, args.split, args.seed)
-    experts: dict[str, Any] = {}
-    for path in map(Path, args.expert):
-        if path.stem in experts or path.stem == BASE:
-            raise ValueError(f"--expert: two rows would be called {path.stem!r}; rename a file")
-        experts[path.stem] = t2k.Expert.load(path)
+    given = _experts(args.expert)
     model, tokenizer = load(args.model, args.dtype, args.device)
     new_tokens = args.max_new_tokens or task.max_new_tokens
-    scores: dict[str, Score] = {}
+    score = partial(
+        evaluate, model, tokenizer, task, problems, new_tokens, rows=args.rows, chat=args.chat
+    )
+    scores: dict[str, Score] = {BASE: score()}
+    for name, adapter in given.items():
+        if isinstance(adapter, Path):
+            with with_adapter(model, adapter):
+                scores[name] = score()
+    experts = {name: e for name, e in given.items() if isinstance(e, t2k.Expert)}
     if experts:
         t2k.convert(model, targets=targets(args.targets), decomposition=args.factors)
         bank = t2k.ExpertBank(model)
         for name, expert in experts.items():
             bank.add(name, expert, allow_mismatch=args.allow_mismatch)
-    scores[BASE] = evaluate(model, tokenizer, task, problems, new_tokens, rows=args.rows)
     for name in experts:
         with bank.use(name):
-            scores[name] = evaluate(model, tokenizer, task, problems, new_tokens, rows=args.rows)
+            scores[name] = score()
     return {
         "model": args.model,
         "task": task.name,
@@ -54,16 +60,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "problems": len(problems),
         "max_new_tokens": new_tokens,
         "skipped_lines": getattr(task, "skipped", 0),
+        "repeated_prompts": getattr(task, "repeated", 0),
         "scores": {
             name: {
-                "accuracy": score.accuracy,
-                "interval": score.interval,
-                "right": score.right,
-                "points_over_base": 100 * (score.accuracy - scores[BASE].accuracy),
+                "accuracy": scores[name].accuracy,
+                "interval": scores[name].interval,
+                "right": scores[name].right,
+                "points_over_base": 100 * (scores[name].accuracy - scores[BASE].accuracy),
             }
-            for name, score in scores.items()
+            for name in (BASE, *given)
         },
     }
+
+
+def _experts(paths: Sequence[str]) -> dict[str, t2k.Expert | Path]:
+    """By name: an expert that was read, or the folder of an adapter."""
+    found: dict[str, t2k.Expert | Path] = {}
+    for path in map(Path, paths):
+        name = path.stem if path.suffix == ".safetensors" else path.name
+        if name in found or name == BASE:
+            raise ValueError(f"--expert: two rows would be called {name!r}; rename a file")
+        if path.is_dir() and kind_of(path) != "adapter":
+            raise refuse(path, "an expert file or the folder of an adapter of PEFT")
+        found[name] = path if path.is_dir() else t2k.Expert.load(path)
+    return found
 
 
 def show(result: dict[str, Any]) -> str:
@@ -74,6 +94,8 @@ def show(result: dict[str, Any]) -> str:
     ]
     if result["skipped_lines"]:
         lines.append(f"{result['skipped_lines']} broken lines of the data were left out")
+    if result["repeated_prompts"]:
+        lines.append(f"{result['repeated_prompts']} held-out rows repeated a prompt: left out")
     width = max(map(len, result["scores"]))
     for name, score in result["scores"].items():
         low, high = (100 * bound for bound in score["interval"])

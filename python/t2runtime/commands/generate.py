@@ -50,15 +50,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--two-pass needs at least one --expert to choose from")
     if args.classifier and not args.two_pass:
         raise ValueError("--classifier is for pass 1: give --two-pass as well, or leave it out")
+    if args.two_pass and args.chat != "auto":
+        raise ValueError(
+            f"--chat is not for --two-pass, which decides by the model; got {args.chat}"
+        )
     model, tokenizer = load(args.model, args.dtype, args.device)
     t2k.convert(model, targets=targets(args.targets), decomposition=args.factors)
-    new_tokens = args.max_new_tokens or room(model, tokenizer, args.prompt, 64)
+    new_tokens = args.max_new_tokens or room(model, tokenizer, args.prompt, 64, args.chat)
     bank = t2k.ExpertBank(model)
     for name, expert in experts.items():
         bank.add(name, expert, allow_mismatch=args.allow_mismatch)
     if not args.two_pass:
         with bank.use(weights or None):
-            texts = complete(model, tokenizer, args.prompt, new_tokens).texts
+            texts = complete(model, tokenizer, args.prompt, new_tokens, chat=args.chat).texts
         rows = [
             {"prompt": p, "text": t, "mixture": weights or None}
             for p, t in zip(args.prompt, texts, strict=True)

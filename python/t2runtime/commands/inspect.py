@@ -1,29 +1,31 @@
-"""`t2 inspect FILE ...`: what expert files or a factor store hold, in numbers and as a picture."""
+"""`t2 inspect FILE ...`: what expert files, a factor store or an adapter of PEFT hold, in numbers
+and, of experts, as a picture.
+"""
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import t2kernels as t2k
 from t2runtime.describe import by_kind, cosines, in_order, most_moved, summary
+from t2runtime.formats.saved import adapter_facts, kind_of, refuse
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """A folder is read as a factor store, a file as an expert; several experts are compared."""
+    """A file is read as an expert, a folder as what it holds; several experts are compared."""
     paths = [Path(file) for file in args.file]
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"no such file or folder: {path}")
-    folders = [path for path in paths if path.is_dir()]
+    folders = [(path, kind) for path in paths if (kind := kind_of(path)) != "expert"]
     if folders:
+        path, kind = folders[0]
         if len(paths) > 1 or args.plot:
-            raise ValueError(
-                f"{folders[0]} is a folder, a factor store; only experts are compared and drawn"
-            )
-        return _store(folders[0])
+            raise ValueError(f"{path} is a folder ({kind}); only experts are compared and drawn")
+        if kind not in ("factor store", "adapter"):
+            raise refuse(path, "an expert file, a factor store or the folder of an adapter of PEFT")
+        return _store(path) if kind == "factor store" else _adapter(path)
     experts = _named(paths)
     result = _expert(next(iter(experts.values())))
     if len(experts) > 1:
@@ -78,6 +80,12 @@ def _store(path: Path) -> dict[str, Any]:
     }
 
 
+def _adapter(path: Path) -> dict[str, Any]:
+    facts = adapter_facts(path)
+    values = sum(math.prod(tensor["shape"]) for tensor in facts["tensors"].values())
+    return {"kind": "adapter", "values": values, **facts}
+
+
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
@@ -115,6 +123,8 @@ def show(result: dict[str, Any]) -> str:
         lines = _show_several(result)
     elif result["kind"] == "expert":
         lines = _show_expert(result)
+    elif result["kind"] == "adapter":
+        lines = _show_adapter(result)
     else:
         lines = [f"{result['kind']}, {len(result['layers'])} layers"]
         lines[0] += "" if result["complete"] else ", UNFINISHED: run the decomposition again"
@@ -143,6 +153,20 @@ def _show_expert(result: dict[str, Any]) -> list[str]:
         )
         lines.append(f"  {name:{width}s}  {facts}")
     return lines
+
+
+def _show_adapter(result: dict[str, Any]) -> list[str]:
+    rank = f", rank {result['rank']}" if result["rank"] else ""
+    lines = [
+        f"{result['method']}{rank}, an adapter of PEFT, no expert: {len(result['tensors'])} "
+        f"tensors, {result['values']:,} values; t2 eval scores it, peft.PeftModel loads it",
+        f"base model   {result['base_model']}",
+        *(f"{key:12s} {value}" for key, value in result["training"].items()),
+    ]
+    rows: list[tuple[str, ...]] = [("tensor", "shape", "root mean square")]
+    for name, tensor in result["tensors"].items():
+        rows.append((name, "x".join(map(str, tensor["shape"])), f"{tensor['rms']:.4f}"))
+    return [*lines, *_table(rows)]
 
 
 def _show_several(result: dict[str, Any]) -> list[str]:

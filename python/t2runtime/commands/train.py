@@ -112,7 +112,8 @@ def make_adapter(model: Any, args: argparse.Namespace, seed: int) -> Adapter:
             parametrisation=args.parametrisation,
         )  # fmt: skip
         return SVF(model)
-    given = {"--rank": args.rank, "--factors": args.factors}
+    way = None if args.parametrisation == "direct" else args.parametrisation
+    given = {"--rank": args.rank, "--factors": args.factors, "--parametrisation": way}
     for option, value in given.items():
         if value is not None:
             raise ValueError(f"{option} belongs to --method svf, got --method {args.method}")

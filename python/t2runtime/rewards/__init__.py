@@ -47,12 +47,42 @@ EXTRACTORS: dict[str, Extract] = {
 }
 
 
-def is_correct(completion: str, answer: str, extract: Extract = text) -> bool:
-    """Whether the completion's answer equals the expected one, both read in the same way."""
-    expected = extract(answer)
-    if expected is None:
+def gold(answer: str, extract: Extract = text, own: Extract | None = None) -> str:
+    """The form that a right completion must give. `own` reads the answer where the task has its own
+    way; without it `extract` does, from the answer as it is or in a box.
+
+    >>> gold("10", boxed), gold("B", text, choice)
+    ('10', 'B')
+    """
+    forms = (answer, f"\\boxed{{{answer}}}")
+    read = (own(answer),) if own else (extract(form) for form in forms)
+    found = next((form for form in read if form is not None), None)
+    if found is None:
         raise ValueError(f"answer must contain an answer to compare with, got {answer!r}")
-    return extract(completion) == expected
+    return found
+
+
+def check_gold(answer: str, extract: Extract, own: Extract | None = None) -> None:
+    """Raise ValueError where no completion can give the answer: letters are never numbers."""
+    try:
+        right = gold(answer, extract, own)
+        forms = (answer, right, f"\\boxed{{{right}}}", f"#### {right}")
+        if any(extract(form) == right for form in forms):
+            return
+    except ValueError:
+        pass
+    names = {known: name for name, known in EXTRACTORS.items()}
+    raise ValueError(
+        f"expected an answer that can be read with extract={names.get(extract, 'its own')}, "
+        f"got {answer!r:.60}: leave out extract, or choose another"
+    )
+
+
+def is_correct(
+    completion: str, answer: str, extract: Extract = text, own: Extract | None = None
+) -> bool:
+    """Whether what `extract` reads from the completion is the answer; see `gold`."""
+    return extract(completion) == gold(answer, extract, own)
 
 
 def reward_of(right: bool, wrong: float = -1.0) -> float:
@@ -68,9 +98,11 @@ __all__ = [
     "EXTRACTORS",
     "Extract",
     "boxed",
+    "check_gold",
     "choice",
     "code",
     "final_number",
+    "gold",
     "is_correct",
     "label",
     "number",

@@ -82,5 +82,5 @@ def load(
     """The source; see the module."""
     return load_files(
         name, data, reader(name), max_new_tokens=MAX_NEW_TOKENS,
-        grader=ByAnswer(extract or rewards.choice), on_bad_lines=on_bad_lines,
+        grader=ByAnswer(extract or rewards.choice, rewards.choice), on_bad_lines=on_bad_lines,
     )  # fmt: skip

@@ -46,5 +46,5 @@ def load(
 
     return load_files(
         NAME, data, read, max_new_tokens=MAX_NEW_TOKENS,
-        grader=ByAnswer(extract or rewards.label), on_bad_lines=on_bad_lines,
+        grader=ByAnswer(extract or rewards.label, rewards.label), on_bad_lines=on_bad_lines,
     )  # fmt: skip

@@ -54,14 +54,21 @@ class Source(Grader, Protocol):
 
 @dataclass(frozen=True)
 class ByAnswer:
-    """Grades by comparing what `extract` reads from the completion and from the answer."""
+    """Grades by comparing what `extract` reads from the completion with the answer, which `own`
+    reads where the task has its own way; see `rewards.gold`.
+    """
 
     extract: rewards.Extract = rewards.text
+    own: rewards.Extract | None = None
+
+    def check(self, problem: Problem) -> None:
+        """Raise ValueError where no completion can be right."""
+        rewards.check_gold(problem.answer, self.extract, self.own)
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[bool]:
         """One verdict a problem."""
         return [
-            rewards.is_correct(text, problem.answer, self.extract)
+            rewards.is_correct(text, problem.answer, self.extract, self.own)
             for problem, text in zip(problems, completions, strict=True)
         ]
 

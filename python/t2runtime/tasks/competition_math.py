@@ -43,7 +43,7 @@ def load(
     data: Data, *, extract: rewards.Extract | None = None, on_bad_lines: OnBadLines = "error"
 ) -> FileSource:
     """The source; see the module."""
-    grader = ByAnswer(extract or rewards.boxed)
+    grader = ByAnswer(extract or rewards.boxed, rewards.boxed)
     return load_files(
         NAME, data, read, max_new_tokens=MAX_NEW_TOKENS, grader=grader, on_bad_lines=on_bad_lines
     )

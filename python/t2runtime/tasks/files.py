@@ -8,6 +8,7 @@ validation and never trained on. A training row whose prompt is also a test prom
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -29,6 +30,8 @@ Data = str | Path
 HUB = "hf://"
 
 logger = logging.getLogger(__name__)
+#: So many broken lines are named one by one.
+_NAMED = 20
 _ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz")
 _STEMS: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
@@ -37,8 +40,19 @@ _STEMS: dict[Split, tuple[str, ...]] = {
 }
 
 
+_FILES = (
+    "Give a folder with the files train and test, or one file of at least a few dozen lines, of "
+    "which a tenth each, by checksum of the prompt, is for validation and test"
+)
+
+
 class FileSource:
-    """Problems that were read from files. `skipped` counts the broken lines that were left out."""
+    """Problems that were read from files.
+
+    skipped: broken lines that were left out. repeated: held-out rows left out because their prompt
+    had come before, in whichever of the held-out splits; the first counts. shared: training rows
+    left out because their prompt is held out.
+    """
 
     def __init__(
         self,
@@ -47,17 +61,24 @@ class FileSource:
         splits: Mapping[Split, Iterable[Problem]],
         grader: Grader = EXACT,
         skipped: int = 0,
+        advice: str = _FILES,
     ) -> None:
         self.name, self.max_new_tokens, self.skipped = name, max_new_tokens, skipped
-        self._grader = grader
-        test = {problem.prompt: problem for problem in splits.get("test", ())}
-        held = {p.prompt: p for p in splits.get("validation", ()) if p.prompt not in test}
-        out = test.keys() | held.keys()
-        self._splits: dict[Split, list[Problem]] = {
-            "train": [p for p in splits.get("train", ()) if p.prompt not in out],
-            "validation": sorted(held.values(), key=_order),
-            "test": sorted(test.values(), key=_order),
-        }
+        self._grader, self._advice = grader, advice
+        given = {split: list(splits.get(split, ())) for split in SPLITS}
+        out: set[str] = set()
+        self._splits: dict[Split, list[Problem]] = {}
+        held: tuple[Split, Split] = ("test", "validation")
+        for split in held:
+            first: dict[str, Problem] = {}
+            for problem in given[split]:
+                if problem.prompt not in out:
+                    first.setdefault(problem.prompt, problem)
+            out |= first.keys()
+            self._splits[split] = sorted(first.values(), key=_order)
+        self._splits["train"] = [p for p in given["train"] if p.prompt not in out]
+        self.repeated = len(given["test"]) + len(given["validation"]) - len(out)
+        self.shared = len(given["train"]) - len(self._splits["train"])
 
     def size(self, split: Split) -> int:
         """Problems of a split; those held out are distinct."""
@@ -76,9 +97,7 @@ class FileSource:
         pool = self._splits[split]
         if not pool:
             raise ValueError(
-                f"task {self.name!r} has no {split} problems in its data. Give a folder with the "
-                "files train and test, or one file of at least a few dozen lines, of which a tenth "
-                "each, by checksum of the prompt, is for validation and test"
+                f"task {self.name!r} has no {split} problems in its data. {self._advice}"
             )
         if split != "train":
             return pool[:count]
@@ -99,13 +118,15 @@ def load(
     grader: Grader = EXACT,
     on_bad_lines: OnBadLines = "error",
     split_by: Callable[[Row, Problem], Split | None] | None = None,
+    advice: str = _FILES,
 ) -> FileSource:
     """The source of the problems that `read` makes of every row of `data`.
 
     `data` is a folder, a file (JSON lines, JSON, CSV; .gz too) or "hf://owner/name[:config]" for
-    the `datasets` package. A line that is no row or that `read` refuses is an error that names it;
-    with `on_bad_lines="skip"` it is counted, and the log warns. `split_by` gives the split of a row
-    where the data say it themselves (None: the row is not used).
+    the `datasets` package. Lines that are no rows, or that `read` or the grader's `check` refuses,
+    are an error that names the first and counts all; with `on_bad_lines="skip"` they are left out
+    and counted, and the log warns. `split_by` gives the split of a row where the data say it
+    themselves (None: the row is not used). `advice` is said where a split is empty.
     """
     if on_bad_lines not in ("error", "skip"):
         raise ValueError(f"on_bad_lines must be 'error' or 'skip', got {on_bad_lines!r}")
@@ -113,6 +134,7 @@ def load(
     bad: list[str] = []
     parts = list(_parts(data))
     own_validation = any(part == "validation" for part, _, _ in parts)
+    check = getattr(grader, "check", None)
     for part, place, rows in parts:
         for where, row in rows:
             try:
@@ -120,25 +142,39 @@ def load(
                     raise row
                 problem = read(row)
                 split = split_by(row, problem) if split_by else part
+                if check is not None:
+                    check(problem)
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                 said = f"no field {error}" if isinstance(error, KeyError) else str(error)
                 bad.append(f"{place}, {where}: {said}")
-                if on_bad_lines == "error":
-                    raise ValueError(
-                        f"{bad[0]}. Correct the data, or leave such lines out with "
-                        "on_bad_lines='skip'"
-                    ) from None
                 continue
             if split_by is None and (part is None or (part == "train" and not own_validation)):
                 drawn = split_of(problem.prompt)
                 split = drawn if part is None or drawn == "validation" else "train"
             if split is not None:
                 splits[split].append(problem)
-    if bad:
-        logger.warning("%d broken lines left out: %s", len(bad), "; ".join(bad[:3]))
+    _report(bad, on_bad_lines)
     if not any(splits.values()):
         raise ValueError(f"data must hold at least one problem, got none in {str(data)!r}")
-    return FileSource(name, max_new_tokens, splits, grader, len(bad))
+    source = FileSource(name, max_new_tokens, splits, grader, len(bad), advice)
+    if source.repeated or source.shared:
+        logger.warning(
+            "%s: %d held-out rows left out because their prompt had come before, %d training rows "
+            "because their prompt is held out", data, source.repeated, source.shared,
+        )  # fmt: skip
+    return source
+
+
+def _report(bad: Sequence[str], on_bad_lines: OnBadLines) -> None:
+    """Raise for the broken lines, or warn of them."""
+    if bad and on_bad_lines == "error":
+        more = f" Broken lines in all: {len(bad)}." if len(bad) > 1 else ""
+        raise ValueError(
+            f"{bad[0]}.{more} Correct the data, or leave such lines out with on_bad_lines='skip'"
+        )
+    if bad:
+        rest = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        logger.warning("%d broken lines left out: %s%s", len(bad), "; ".join(bad[:_NAMED]), rest)
 
 
 def _parts(data: Data) -> Iterator[tuple[Split | None, str, Iterable[tuple[str, Any]]]]:
@@ -187,7 +223,8 @@ def rows_of(path: Path) -> Iterator[tuple[str, Any]]:
     elif name.endswith(".json"):
         yield from _json_rows(raw, path)
     else:
-        for number, line in enumerate(raw.split(b"\n"), start=1):
+        lines = raw.removeprefix(codecs.BOM_UTF8).split(b"\n")
+        for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield f"line {number}", _json_row(line)
 
@@ -204,7 +241,7 @@ def _json_row(line: bytes) -> Any:
 
 def _json_rows(raw: bytes, path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        rows = json.loads(raw.decode("utf-8"))
+        rows = json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(rows, list):

@@ -21,6 +21,10 @@ from t2runtime.tasks.programs import ByTests
 
 NAME = "humaneval"
 MAX_NEW_TOKENS = 400
+ADVICE = (
+    "All of this set is test, by its authors' intent: evaluate on it, and train on another set of "
+    "programs (mbpp)"
+)
 
 
 def read(row: Row) -> Problem:
@@ -74,5 +78,5 @@ def load(
     """The source; see the module."""
     return load_files(
         NAME, data, read, max_new_tokens=MAX_NEW_TOKENS, on_bad_lines=on_bad_lines,
-        grader=grader or ByTests(assemble), split_by=_split,
+        grader=grader or ByTests(assemble), split_by=_split, advice=ADVICE,
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """Questions from a file of the user's own: JSON lines of {"prompt": text, "answer": text}.
 
 prompt      as it stands
-answer      the whole completion, spaces around it aside, or what `extract` reads
+answer      the whole completion, spaces around it aside, or what `extract` reads, from the right
+            answer as from a completion
 split       80 / 10 / 10 by the checksum of the prompt; a folder, or a file that is called train or
             test, as in `tasks.files`
 """
@@ -25,8 +26,6 @@ def load(
     def read(row: Row) -> Problem:
         if not all(isinstance(row.get(key), str) and row[key] for key in ("prompt", "answer")):
             raise ValueError(f'expected {{"prompt": text, "answer": text}}, got {row!r:.60}')
-        if extract is not None and extract(row["answer"]) is None:
-            raise ValueError(f"expected an answer that can be read, got {row['answer']!r:.60}")
         return Problem(row["prompt"], row["answer"], name)
 
     return load_files(

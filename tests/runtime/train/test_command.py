@@ -81,6 +81,10 @@ def test_the_papers_recipe_by_name(capsys: Any, tmp_path: Path) -> None:
         (("--out", "x", "--method", "svf"), "must end in .safetensors"),
         (("--out", "x.safetensors", "--method", "lora"), "must be a folder"),
         (("--out", "x", "--method", "lora", "--rank", "4"), "--rank belongs to --method svf"),
+        (
+            ("--out", "x", "--method", "lora", "--parametrisation", "sigmoid-normalised"),
+            "--parametrisation belongs to --method svf",
+        ),
         (("--out", "x.safetensors", "--layers", "two"), "--layers must be like 0-3,8"),
         (("--out", "x.safetensors", "--layers", "9"), "--layers 9 names no block"),
         (("--out", "x.safetensors", "--kl", "-1"), "kl must be"),
