@@ -64,6 +64,23 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
+def turn_end(model: Any, tokenizer: Any, chat: str = "auto") -> list[int]:
+    """The one id that a given answer is ended with, [] where nothing ends answers.
+
+    Of several, that which the chat template puts behind an assistant's turn, where prompts go into
+    it; else the tokenizer's own; else the first.
+    """
+    ends = end_tokens(model, tokenizer)
+    likely = [tokenizer.eos_token_id]
+    if uses_template(tokenizer, chat):
+        said = "This is the reply."
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        behind = whole.rpartition(said)[2]
+        likely = [*tokenizer(behind, add_special_tokens=False)["input_ids"], *likely]
+    return [token for token in [*likely, *ends] if token in ends][:1]
+
+
 def pad_token(tokenizer: Any) -> int:
     """The id to pad with; masked everywhere, so any id does where the tokenizer names none."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
@@ -249,9 +266,9 @@ def forced(
     model: Any,
     chat: str = "auto",
 ) -> Completions:
-    """Given answers, each with an end token, in the place of sampled ones."""
+    """Given answers, each with its end token (`turn_end`), in the place of sampled ones."""
     ids, mask = encode(tokenizer, prompts, model.device, chat)
-    ends = end_tokens(model, tokenizer)[:1]
+    ends = turn_end(model, tokenizer, chat)
     rows = [
         list(tokenizer(answer, add_special_tokens=False)["input_ids"]) + ends for answer in answers
     ]

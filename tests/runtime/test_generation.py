@@ -5,7 +5,15 @@ import pytest
 import torch
 
 import t2kernels as t2k
-from t2runtime.generation import answer_log_probs, complete, encode, forced, prompt_ids, room
+from t2runtime.generation import (
+    answer_log_probs,
+    complete,
+    encode,
+    forced,
+    prompt_ids,
+    room,
+    turn_end,
+)
 
 
 def test_left_padding_leaves_the_tokenizer_alone(tokenizer: Any) -> None:
@@ -151,3 +159,33 @@ def test_samples_follow_the_softmax_whatever_the_model_prefers(tiny: Any, tokeni
     assert torch.equal(
         complete(tiny, tokenizer, ["1+1="], 8, samples=8, temperature=1.0).ids, plain
     )
+
+
+@pytest.mark.parametrize(
+    ("template", "ends", "end"),
+    [
+        (None, [7, 9, 2], 2),  # the tokenizer's own
+        (None, [7, 9], 7),  # none of them is the tokenizer's
+        (None, 9, 9),
+        ("{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}AB"
+         "{% endif %}{% endfor %}", "B then 2", "B"),
+        ("{% for m in messages %}{{ m['content'] }}?{% endfor %}", [7, 2], 2),
+    ],
+)  # fmt: skip
+def test_an_answer_ends_as_the_models_own(
+    tiny: Any, tokenizer: Any, template: Any, ends: Any, end: Any
+) -> None:
+    """Of several ids that end an answer, the one behind an assistant's turn of the template."""
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    letter = tokenizer.convert_tokens_to_ids("b")
+    if end == "B":
+        other.chat_template, ends, end = template.replace("AB", "ab"), [2, letter], letter
+    tiny.generation_config.eos_token_id = ends
+    assert turn_end(tiny, other) == [end]
+    assert forced(other, ["1+1="], ["2"], tiny).new_ids[0, -1] == end
+    assert turn_end(tiny, other, "off")[0] in ([2] if 2 in turn_ids(ends) else turn_ids(ends))
+
+
+def turn_ids(ends: Any) -> list[int]:
+    return [ends] if isinstance(ends, int) else ends

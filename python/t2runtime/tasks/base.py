@@ -22,12 +22,26 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 class Problem:
     """One question with its right answer; `category` is the name of the expert that should
     answer. `tests` are the programs that an answer made of code must pass (code tasks only).
+
+    `answer` is what grading needs. What a model should write is `solution`, where that is another
+    text: reasoning that ends in the answer, or a program. None: it is the answer itself; "": the
+    data hold no such text.
     """
 
     prompt: str
     answer: str
     category: str
     tests: tuple[str, ...] = ()
+    solution: str | None = None
+
+    @property
+    def target(self) -> str:
+        """The text that next-token training learns.
+
+        >>> Problem("1+1=", "2", "add").target, Problem("?", "2", "sum", solution="1+1 is 2").target
+        ('2', '1+1 is 2')
+        """
+        return self.answer if self.solution is None else self.solution
 
 
 class Grader(Protocol):

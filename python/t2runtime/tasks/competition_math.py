@@ -5,6 +5,7 @@ data        folder with train.jsonl and test.jsonl of {"problem", "solution", ..
 prompt      the problem, then the request to box the answer
 answer      `rewards.boxed`: the last box, normalised; a completion without one is wrong. Answers
             that are equal by algebra only are told apart, as in the usual grading of this set
+solution    the data's worked solution; the boxed answer alone where that holds no box
 split       the data's own train and test; a tenth of train for validation
 """
 
@@ -36,7 +37,15 @@ def read(row: Row) -> Problem:
     if answer is None:
         raise ValueError(f"expected \\boxed{{ANSWER}} in 'solution', got {str(row)[-60:]!r}")
     problem = text_of(row, "problem", "question").strip()
-    return Problem(PROMPT.format(problem=problem), "\\boxed{" + answer + "}", NAME)
+    worked = row["solution"] if _has_box(row) else "\\boxed{" + text_of(row, "answer") + "}"
+    prompt = PROMPT.format(problem=problem)
+    return Problem(prompt, "\\boxed{" + answer + "}", NAME, solution=worked.strip())
+
+
+def _has_box(row: Row) -> bool:
+    """Whether the worked solution ends as the prompt asks for."""
+    text = row.get("solution")
+    return isinstance(text, str) and rewards.boxed(text) is not None
 
 
 def load(

@@ -5,10 +5,13 @@ data        folder with train.jsonl and test.jsonl of {"question", "answer"}; th
 prompt      the question, then the request to end with "#### " and the number
 answer      `rewards.final_number`: after the first "####" (behind the last "=" of that line), else
             boxed, else the last number
+solution    the data's worked answer, without its marks for a calculator (<<2+2=4>>)
 split       the data's own train and test; a tenth of train for validation
 """
 
 from __future__ import annotations
+
+import re
 
 from t2runtime import rewards
 from t2runtime.tasks.base import ByAnswer, Problem
@@ -21,6 +24,8 @@ PROMPT = (
     'Solve the problem step by step. End with "#### " and the number.\n\n'
     "Question: {question}\nAnswer:"
 )
+#: "2 + 2 = <<2+2=4>>4": marks for a calculator, no part of the text.
+_CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 
 def read(row: Row) -> Problem:
@@ -35,7 +40,8 @@ def read(row: Row) -> Problem:
     number = rewards.number(answer.rpartition("####")[2])
     if number is None:
         raise ValueError(f"expected a number after '####', got {answer[-40:]!r}")
-    return Problem(PROMPT.format(question=question.strip()), number, NAME)
+    worked = _CALCULATOR.sub("", answer).strip()
+    return Problem(PROMPT.format(question=question.strip()), number, NAME, solution=worked)
 
 
 def load(

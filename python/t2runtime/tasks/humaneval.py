@@ -5,6 +5,7 @@ data        the file HumanEval.jsonl(.gz) of {"task_id", "prompt", "entry_point"
 prompt      the data's prompt as it is: the completion goes on from there
 answer      a body that goes on from the prompt, cut where it ends; or a fenced block, a whole
             function if it defines the entry point. Run in the sandbox against check(entry_point)
+solution    the data's canonical_solution, "" where there is none
 split       all of it is test: this set is for evaluation, and asking for training problems is an
             error
 """
@@ -38,7 +39,10 @@ def read(row: Row) -> Problem:
     before = _before(prompt, entry)
     if before.strip():
         tests.insert(0, before)
-    return Problem(prompt, entry, NAME, tuple(tests))
+    # A body that goes on from the prompt, so its first spaces count.
+    body = row.get("canonical_solution")
+    worked = body.rstrip() if isinstance(body, str) else ""
+    return Problem(prompt, entry, NAME, tuple(tests), worked)
 
 
 def _before(prompt: str, entry: str) -> str:

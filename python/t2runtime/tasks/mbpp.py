@@ -11,6 +11,7 @@ prompt      the text, the tests that the data list (the first three asserts, as 
             set; without them names and arguments cannot be known), the request for a code block
 answer      `rewards.code`, run in the sandbox: setup first, then every test. What a Pro problem
             imports is there for its answer and its tests
+solution    the data's reference program, in such a block
 split       by task_id as the data set defines it: 601 to 974 train, 511 to 600 validation, 11 to
             510 test, 1 to 10 (examples for prompts) unused. Pro, and rows without such an id:
             80 / 10 / 10 by the checksum of the prompt
@@ -58,7 +59,18 @@ def read(row: Row) -> Problem:
     _check(tests)
     text = text_of(row, "text", "prompt").strip()
     prompt = PROMPT.format(text=text, tests="\n".join(shown[:3]))
-    return Problem(prompt, defined(text_of(row, "code"), shown), NAME, tuple(tests))
+    code = reference(row)
+    return Problem(prompt, defined(code, shown), NAME, tuple(tests), block(code))
+
+
+def block(code: str) -> str:
+    """A program as the prompt asks for it.
+
+    >>> block("x = 1\\r\\n")
+    '```python\\nx = 1\\n```'
+    """
+    text = code.replace("\r\n", "\n").strip("\n")
+    return f"```python\n{text.rstrip()}\n```"
 
 
 def _pro(row: Row) -> Problem:
@@ -72,7 +84,7 @@ def _pro(row: Row) -> Problem:
             "expected 'new_problem' or 'new_solution' to define what 'test_code' calls"
         )
     tests = ["\n".join([*_imports(whole), *tests])]
-    return Problem(PRO.format(raw=raw, new=new), name, NAME, tuple(tests))
+    return Problem(PRO.format(raw=raw, new=new), name, NAME, tuple(tests), block(whole))
 
 
 def reference(row: Row) -> str:

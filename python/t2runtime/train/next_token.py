@@ -2,7 +2,10 @@
 
     minimise  −mean over answer tokens of log π'(token) + kl·mean KL(π' ‖ π) at them.
 
-The prompt is masked; the end token counts. The paper has it as an ablation, which loses.
+What is learnt is `Problem.target`: the data's worked solution or reference program, where the data
+are such, else the answer. The prompt is masked; the end token counts: the one that the chat
+template puts behind an assistant's turn, else the tokenizer's. The paper has it as an ablation,
+which loses.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import time
 from typing import Any
 
 from t2runtime.generation import forced
-from t2runtime.tasks import Source
+from t2runtime.tasks import Problem, Source
 from t2runtime.train.adapters import Adapter
 from t2runtime.train.config import Config
 from t2runtime.train.reinforce import drawn, gradient
@@ -23,8 +26,8 @@ def next_token(
     """One step's gradient, left in the adapter's parameters; what to report of it."""
     begin = time.perf_counter()
     asked = drawn(source, cfg, seed)
-    prompts, answers = [p.prompt for p in asked], [p.answer for p in asked]
-    given = forced(tokenizer, prompts, answers, model, cfg.chat)
+    prompts, texts = [p.prompt for p in asked], [learnt(source, problem) for problem in asked]
+    given = forced(tokenizer, prompts, texts, model, cfg.chat)
     share = given.sampled.float() / given.sampled.sum()
     loss, kl = gradient(model, adapter, given, share, share, cfg)
     return {
@@ -33,3 +36,14 @@ def next_token(
         "new_tokens": given.sampled.sum(1).float().mean().item(),
         "gradient_seconds": time.perf_counter() - begin,
     }
+
+
+def learnt(source: Source, problem: Problem) -> str:
+    """The text that this problem teaches; ValueError where there is none."""
+    if not problem.target.strip():
+        raise ValueError(
+            f"objective 'next-token' needs a text to learn for each problem, task {source.name!r} "
+            f"has none for prompt {problem.prompt[:80]!r}. Use objective='reinforce', or data with "
+            "worked solutions (the task's own file says under which key)"
+        )
+    return problem.target

@@ -1,3 +1,5 @@
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -5,9 +7,12 @@ import torch
 import torch.nn.functional as F
 
 import t2kernels as t2k
-from t2runtime.tasks import Generated
+from t2runtime.generation import forced
+from t2runtime.sources import source
+from t2runtime.tasks import Generated, Problem
+from t2runtime.tasks.stories import Stories
 from t2runtime.train import SVF, Config, small_model, train
-from t2runtime.train.next_token import next_token
+from t2runtime.train.next_token import learnt, next_token
 
 
 def test_the_loss_is_that_of_answer_and_end(tiny: Any, tokenizer: Any) -> None:
@@ -58,3 +63,76 @@ def test_both_objectives_improve_the_small_model(small: Any) -> None:
         expert = train(model, tokenizer, Generated("reverse"), cfg)
         gain = expert.metadata["validation"] - expert.metadata["base_validation"]
         assert gain > 0.05, objective
+
+
+ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "gsm8k": (
+        {"question": "Tom has 2 + 3 eggs?", "answer": "He has 2 + 3 = <<2+3=5>>5.\n#### 5"},
+        "He has 2 + 3 = 5.\n#### 5",
+    ),
+    "math": (
+        {"problem": "1/2 + 1/4?", "solution": r"It is $\boxed{\frac{3}{4}}$."},
+        r"It is $\boxed{\frac{3}{4}}$.",
+    ),
+    "mbpp": (
+        {"task_id": 601, "text": "Add.", "code": "def add(a, b):\r\n    return a + b\r\n",
+         "test_list": ["assert add(1, 2) == 3"]},
+        "```python\ndef add(a, b):\n    return a + b\n```",
+    ),
+    "humaneval": (
+        {"task_id": "x", "prompt": "def f(x):\n", "entry_point": "f", "test": "def check(f): pass",
+         "canonical_solution": "    return x\n"},
+        "    return x",
+    ),
+    "arc-easy": (
+        {"question": "Which flies?", "choices": {"label": ["1", "2"], "text": ["stone", "bird"]},
+         "answerKey": "2"},
+        "B",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", list(ROWS))
+def test_what_is_learnt_is_a_right_answer(task: str, tmp_path: Path) -> None:
+    """The data's worked solution, not the key that grading compares with."""
+    row, expected = ROWS[task]
+    split = "test" if task == "humaneval" else "train"
+    (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    made = source(task, data=tmp_path)
+    # One training row may be drawn for validation, by its checksum.
+    problem = next(iter(p for s in ("train", "validation", "test") for p in _rows(made, s)))
+    assert learnt(made, problem) == expected
+    if task in ("gsm8k", "math"):
+        assert made.grade([problem], [problem.target]) == [True]
+
+
+def _rows(made: Any, split: Any) -> list[Problem]:
+    return made(1, split, 0) if made.size(split) else []
+
+
+def test_the_trainer_takes_the_solution(
+    tiny: Any, tokenizer: Any, letters: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def spy(tokenizer: Any, prompts: Any, answers: Any, *rest: Any) -> Any:
+        given.append(answers)
+        return forced(tokenizer, prompts, answers, *rest)
+
+    class Worked(letters):  # type: ignore[misc]
+        def __call__(self, count: int, split: Any, seed: int) -> list[Problem]:
+            return [Problem("1+1=", "2", "sum", solution="1+1 is 2")] * count
+
+    monkeypatch.setattr("t2runtime.train.next_token.forced", spy)
+    t2k.trainable(tiny)
+    cfg = small_model(objective="next-token", prompts=2, kl=0.0)
+    next_token(tiny, tokenizer, SVF(tiny), Worked("2"), cfg, 0)
+    assert given == [["1+1 is 2"] * 2]
+
+
+def test_nothing_to_learn_is_refused(tiny: Any, tokenizer: Any) -> None:
+    """Stories are graded by a property; a reference may be missing from the data."""
+    cfg = small_model(objective="next-token", steps=2, prompts=2, validation_problems=2,
+                      max_new_tokens=2)  # fmt: skip
+    with pytest.raises(ValueError, match=r"'next-token' needs a text to learn .*'story:animal'"):
+        train(tiny, tokenizer, Stories("animal"), cfg)
