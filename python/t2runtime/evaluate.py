@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tqdm import tqdm
+
 from t2runtime.generation import complete
 from t2runtime.tasks import Grader, Problem
+from t2runtime.verdicts import is_right, verdicts_of
 
 
 def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
@@ -62,19 +65,20 @@ def evaluate(
     *,
     rows: int = 256,
     chat: str = "auto",
+    label: str | None = None,
 ) -> Score:
     """Greedy accuracy under whatever weights or mixture are in force around the call; `grader` is
-    usually the source of the problems.
+    usually the source of the problems. With a `label` a progress bar shows it, on a terminal.
     """
     right = 0
-    for start in range(0, len(problems), rows):
-        part = problems[start : start + rows]
-        prompts = [problem.prompt for problem in part]
-        texts = complete(model, tokenizer, prompts, max_new_tokens, chat=chat).texts
-        verdicts = grader.grade(part, texts)
-        if len(verdicts) != len(part):
-            raise ValueError(
-                f"the source must grade {len(part)} completions, it gave {len(verdicts)} verdicts"
-            )
-        right += sum(verdict > 0 for verdict in verdicts)
+    # disable=None: no bar where stderr is not a terminal.
+    bar = tqdm(total=len(problems), desc=label, unit="problem", leave=False,
+               disable=True if label is None else None)  # fmt: skip
+    with bar:
+        for start in range(0, len(problems), rows):
+            part = problems[start : start + rows]
+            prompts = [problem.prompt for problem in part]
+            texts = complete(model, tokenizer, prompts, max_new_tokens, chat=chat).texts
+            right += sum(map(is_right, verdicts_of(grader, part, texts)))
+            bar.update(len(part))
     return Score(right, len(problems))

@@ -165,7 +165,7 @@ def _measure(
 ) -> tuple[Score, Score]:  # fmt: skip
     """Base and trained weights on the test problems."""
     scores = []
-    for weights in (adapter.base(), adapter.using(trained)):
+    for name, weights in (("base", adapter.base()), ("trained", adapter.using(trained))):
         with weights:
             scores.append(
                 evaluate(
@@ -176,6 +176,7 @@ def _measure(
                     cfg.max_new_tokens or 1,
                     rows=cfg.rows_per_rollout,
                     chat=cfg.chat,
+                    label=f"{name}, test",
                 )
             )
     return scores[0], scores[1]

@@ -132,7 +132,7 @@ class _Run:
             optim.load_state(self._optimiser, moments)
         if self.state.base is None:
             with self.adapter.base():
-                self.state.base = self._accuracy()
+                self.state.base = self._accuracy("base, validation")
 
     def step(self, step: int) -> dict[str, Any]:
         """One step with all that follows from it; what a progress bar shows."""
@@ -167,7 +167,7 @@ class _Run:
         cfg, state = self.cfg, self.state
         begin = time.perf_counter()
         with self.adapter.rollout(cfg.rollout):
-            score = self._accuracy()
+            score = self._accuracy("validation")
         base = state.base or 0.0
         line |= {"validation": score, "base_validation": base, "better_than_base": score > base}
         line["moved"] = self.adapter.moved()
@@ -183,11 +183,11 @@ class _Run:
             state.finished = "patience"
         line["validation_seconds"] = time.perf_counter() - begin
 
-    def _accuracy(self) -> float:
+    def _accuracy(self, label: str) -> float:
         cfg = self.cfg
         return evaluate(
             self.model, self.tokenizer, self.source, self.held_out, cfg.max_new_tokens or 1,
-            rows=cfg.rows_per_rollout, chat=cfg.chat,
+            rows=cfg.rows_per_rollout, chat=cfg.chat, label=label,
         ).accuracy  # fmt: skip
 
     def result(self, warn: bool = True) -> Any:

@@ -25,7 +25,7 @@ weights, not a second copy. z and the optimiser's state are fp32. The loop is in
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,11 +37,23 @@ from t2runtime.generation import (
     complete,
     token_log_probs,
 )
+from t2runtime.rewards import reward_of
 from t2runtime.tasks import Problem, Source
 from t2runtime.train.adapters import Adapter
 from t2runtime.train.blocks import checkpointed
 from t2runtime.train.config import Config
-from t2runtime.train.verdicts import rewards_of
+from t2runtime.verdicts import is_right, verdicts_of
+
+
+def rewards(verdicts: Sequence[bool | float], wrong: float) -> Tensor:
+    """(rows,): 1 for True, `wrong` for False; a plain number is a reward by itself.
+
+    >>> rewards([True, False, 0.25], -1.0).tolist()
+    [1.0, -1.0, 0.25]
+    """
+    return torch.tensor(
+        [reward_of(v, wrong) if isinstance(v, bool) else v for v in verdicts], dtype=torch.float32
+    )
 
 
 def advantages(scores: Tensor, baseline: str) -> Tensor:
@@ -84,7 +96,8 @@ def reinforce(
     texts = [text for part in rolled for text in part.texts]
     after_rollout = time.perf_counter()
     repeated = [problem for problem in asked for _ in range(cfg.samples)]
-    scores = rewards_of(source, repeated, texts, cfg.wrong_reward)
+    verdicts = verdicts_of(source, repeated, texts)
+    scores = rewards(verdicts, cfg.wrong_reward)
     after_grading = time.perf_counter()
     gain = advantages(scores.view(-1, cfg.samples), cfg.baseline).flatten().to(model.device)
     loss = kl = 0.0
@@ -96,7 +109,7 @@ def reinforce(
         "loss": loss,
         "kl": kl,
         "reward": scores.mean().item(),
-        "sampled_accuracy": (scores > 0).float().mean().item(),
+        "sampled_accuracy": sum(map(is_right, verdicts)) / len(verdicts),
         "new_tokens": sum(int(part.sampled.sum()) for part in rolled) / len(texts),
         "empty": sum(not text.strip() for text in texts) / len(texts),
         "rollout_seconds": after_rollout - begin,
