@@ -12,7 +12,8 @@ from t2kernels.files import atomic_path
 from t2runtime.describe import by_kind, most_moved
 from t2runtime.loading import SMALL_NAME
 
-_SHOWN = ("task", "data", "reward", "tags", "licence", "license", "config")
+_SHOWN = ("task", "data", "reward", "tags", "licence", "license", "options",
+          "config")  # fmt: skip
 _NO_LICENCE = "not stated; an expert is of use with its base model only, whose licence applies"
 
 
@@ -49,8 +50,8 @@ def export_card(expert: t2k.Expert, path: Path, what: str) -> None:
 def card_text(expert: t2k.Expert, file: str) -> str:
     """The card of the expert saved under the name ``file``.
 
-    Of ``expert.metadata`` the keys task, data, reward, tags, licence and config have places of
-    their own; everything else is listed under "Metrics and facts". A number with
+    Of ``expert.metadata`` the keys task, data, reward, tags, licence, options and config have
+    places of their own; everything else is listed under "Metrics and facts". A number with
     ``<name>_interval`` or a mapping with "accuracy" and "interval" is shown with its interval.
     """
     facts = expert.metadata
@@ -79,8 +80,11 @@ def card_text(expert: t2k.Expert, file: str) -> str:
     if rest:
         lines += ["## Metrics and facts", "", "| | |", "|---|---|", *_rows(rest), ""]
     lines += _statistics(expert)
-    if "config" in facts:
-        text = json.dumps(facts["config"], indent=1, ensure_ascii=False).replace("`", "'")
+    settings = facts.get("config")
+    if isinstance(options := facts.get("options"), Mapping):
+        settings = {**options, **settings} if isinstance(settings, Mapping) else options
+    if settings is not None:
+        text = json.dumps(settings, indent=1, ensure_ascii=False).replace("`", "'")
         lines += ["## Settings", "", "```json", text, "```", ""]
     return "\n".join([*lines, *_use(expert, file)])
 

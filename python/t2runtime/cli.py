@@ -107,6 +107,9 @@ def _train(commands: Any) -> None:
     options.training(p)
     p.add_argument("--run", help="folder for settings, metrics, checkpoint (default: beside --out)")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --run")
+    p.add_argument(
+        "--overwrite", action="store_true", help="start anew where --run holds an unfinished run"
+    )
 
 
 def _eval(commands: Any) -> None:

@@ -41,6 +41,21 @@ class CategorySource:
         """As pass 1 gives."""
         return self.categories.max_new_tokens
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Those of the sources, by category, and the way of asking; see `Source`."""
+        parts = {
+            f"{name} {key}": value
+            for name, source in self.sources.items()
+            for key, value in getattr(source, "identity", {"source": source}).items()
+        }
+        return {**parts, "names": self.categories.names, "template": self.categories.template}
+
+    @property
+    def skipped(self) -> int:
+        """Broken lines of all sources that were left out."""
+        return sum(getattr(source, "skipped", 0) for source in self.sources.values())
+
     def __call__(self, count: int, split: Split, seed: int) -> list[Problem]:
         """`count` questions in random order, fewer where the sources have no more."""
         share = -(-count // len(self.sources))
@@ -70,8 +85,10 @@ def train_classifier(
     cfg: Config,
     out: Path | None = None,
     log: Log | None = None,
+    overwrite: bool = False,
 ) -> Any:
     """Train the classification expert by the same REINFORCE loop, +1 for the right category and
-    -1 otherwise.
+    -1 otherwise. `overwrite`: see `train`.
     """
-    return train(model, tokenizer, CategorySource(sources, categories), cfg, out, log)
+    source = CategorySource(sources, categories)
+    return train(model, tokenizer, source, cfg, out, log, overwrite=overwrite)

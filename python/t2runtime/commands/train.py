@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from t2runtime.evaluate import Score, evaluate
 from t2runtime.loading import load
 from t2runtime.sources import source
 from t2runtime.train import RECIPES, SVF, Adapter, Config, Interrupted, Peft, Source, train
-from t2runtime.train.loop import resolved
+from t2runtime.train.folder import PICTURE
+from t2runtime.train.loop import one_process, resolved
 from t2runtime.train.plots import draw_run
 
 TEST_PROBLEMS = 256
@@ -26,8 +28,11 @@ TEST_PROBLEMS = 256
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train, measure base and expert on the test split, save the expert with its facts."""
+    one_process()
     out, cfg = Path(args.out), settings(args)
     _check_out(out, args.method)
+    if args.resume and args.overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite loses it: give one of them")
     problems = source(
         args.task,
         data=args.data,
@@ -46,12 +51,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     where = {"expert": str(out), "run": str(folder), "method": args.method}
     facts = {
         "task": args.task,
-        "data": None if args.data is None else Path(args.data).name,
+        "data": args.data,
+        **data_facts(problems),
         "method": args.method,
         "reward": f"1 if right, {cfg.wrong_reward:g} if wrong",
+        "options": options_of(args, model),
         "config": dataclasses.asdict(cfg),
         "torch": torch.__version__,
     }
+    given = {**facts, "started_in": os.getcwd()}
+    del given["config"]  # which is there already
 
     def save(trained: Any, **more: Any) -> None:
         trained.description = f"{args.task} on {args.model}"
@@ -62,8 +71,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     try:
         trained = train(
-            model, tokenizer, problems, cfg, folder, _progress, adapter=adapter, resume=args.resume
-        )
+            model, tokenizer, problems, cfg, folder, _progress, adapter=adapter,
+            resume=args.resume, overwrite=args.overwrite, facts=given,
+        )  # fmt: skip
     except Interrupted as stop:
         save(stop.expert, interrupted_at_step=stop.step + 1)
         return {
@@ -78,7 +88,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for name, score in (("base", base), ("trained", reached))
     }
     save(trained, accuracy=reached.accuracy, test={**results, "problems": base.total})
-    picture = folder / "training.png"
+    picture = folder / PICTURE
     drawn = draw_run(folder / "metrics.jsonl", picture)
     return {
         **where,
@@ -99,6 +109,25 @@ def settings(args: argparse.Namespace) -> Config:
         # Nothing is sampled: a recipe's samples must not ask for a baseline's sake.
         given = {"samples": 1, "baseline": "none", **given}
     return RECIPES[recipe](**given)
+
+
+def options_of(args: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """What was asked for besides the settings, by the options' names, with nothing left open."""
+    asked = ["model", "task", "data", "extract", "skip_bad_lines", "method", "targets", "layers"]
+    asked += ["rank", "parametrisation", "factors"] if args.method == "svf" else ["lora_rank"]
+    dtype = str(model.dtype).removeprefix("torch.")
+    given = {name: getattr(args, name) for name in asked}
+    return {**given, "dtype": dtype, "device": model.device.type}
+
+
+def data_facts(problems: Source) -> dict[str, Any]:
+    """Which data it was, whatever its file is called now, and how many lines of it are missing."""
+    if not hasattr(problems, "skipped"):
+        return {}
+    own = getattr(problems, "identity", {})
+    digests = {key: value for key, value in own.items() if key.split()[-1] == "data"}
+    one = digests["data"] if set(digests) == {"data"} else digests
+    return {"data_digest": one, "skipped_lines": problems.skipped}
 
 
 def make_adapter(model: Any, args: argparse.Namespace, seed: int) -> Adapter:

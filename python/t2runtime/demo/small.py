@@ -138,8 +138,8 @@ def _train(model: Any, tokenizer: Any, name: str, seed: int, out: Path, curve: l
     cfg = dataclasses.replace(_settings(name), seed=seed)
     if name == CLASSIFIER:
         sources = {skill: Generated(skill) for skill in tasks.CATEGORIES}
-        return train_classifier(model, tokenizer, sources, SMALL, cfg, folder, log)
-    return train(model, tokenizer, Generated(name), cfg, folder, log)
+        return train_classifier(model, tokenizer, sources, SMALL, cfg, folder, log, overwrite=True)
+    return train(model, tokenizer, Generated(name), cfg, folder, log, overwrite=True)
 
 
 def _gain(base: Score, expert: Score) -> dict[str, Any]:

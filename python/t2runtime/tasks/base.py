@@ -52,7 +52,12 @@ class Grader(Protocol):
 
 
 class Source(Grader, Protocol):
-    """What training and evaluation ask for: problems by split, and their grading."""
+    """What training and evaluation ask for: problems by split, and their grading.
+
+    A source may have an `identity`: a mapping of plain values and functions that decide its
+    problems and rewards. A run is resumed only under an equal one; without it, the attributes that
+    are plain values or functions are compared. The code of the class is compared in any case.
+    """
 
     @property
     def name(self) -> str:

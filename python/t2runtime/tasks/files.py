@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import csv
 import gzip
+import hashlib
 import io
 import json
 import logging
@@ -79,6 +80,14 @@ class FileSource:
         self._splits["train"] = [p for p in given["train"] if p.prompt not in out]
         self.repeated = len(given["test"]) + len(given["validation"]) - len(out)
         self.shared = len(given["train"]) - len(self._splits["train"])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides problems and rewards; see `Source`."""
+        digest = hashlib.sha256()
+        for split in SPLITS:
+            digest.update(f"{split}{self._splits[split]!r}".encode())
+        return {"data": digest.hexdigest()[:16], "grader": self._grader}
 
     def size(self, split: Split) -> int:
         """Problems of a split; those held out are distinct."""

@@ -48,7 +48,10 @@ class Adapter(Protocol):
         """Inside, the model has the present state: merged into the weights, or factorised."""
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with before it is taken up."""
+        """What a checkpoint must agree with before it is taken up, in plain values: `method`, the
+        names of its `layers`, a checksum of their base `weights`, and what else says how it is made
+        (`rank`, `parametrisation`). Saved in config.json.
+        """
 
     def moved(self) -> dict[str, float]:
         """Per layer, the root mean square of what training has changed."""
@@ -127,11 +130,14 @@ class SVF:
 
     def identity(self) -> dict[str, Any]:
         """Layers, their ranks, parametrisation and base weights."""
-        facts = {
-            name: [layer.rank, layer.parametrisation, layer.fingerprint]
-            for name, layer in self._layers.items()
+        layers = self._layers
+        return {
+            "method": self.method,
+            "layers": list(layers),
+            "rank": sorted({layer.rank for layer in layers.values()}),
+            "parametrisation": sorted({layer.parametrisation for layer in layers.values()}),
+            "weights": _digest([layer.fingerprint for layer in layers.values()]),
         }
-        return {"method": self.method, "layers": _digest(facts)}
 
     @torch.no_grad()
     def moved(self) -> dict[str, float]:
@@ -192,7 +198,9 @@ class Peft:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.peft_model = peft.get_peft_model(model, config)
-        self.method, self._facts = method, {"rank": rank, "targets": names}
+        self.method, self._facts = method, dict[str, Any](layers=names)
+        if method != "ia3":  # which has none
+            self._facts["rank"] = [rank]
         self._tuned = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         self._start = snapshot(self)
         self._fingerprint = _digest([t2k.fingerprint(w) for w in self._weights() if w.dim() == 2])
@@ -253,7 +261,7 @@ class Peft:
 
     def identity(self) -> dict[str, Any]:
         """Method, rank, layers and their base weights."""
-        return {"method": self.method, "layers": _digest([self._facts, self._fingerprint])}
+        return {"method": self.method, **self._facts, "weights": self._fingerprint}
 
     @torch.no_grad()
     def moved(self) -> dict[str, float]:

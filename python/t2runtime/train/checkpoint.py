@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from t2kernels.files import load_tensors, save_tensors
 from t2runtime.train.config import Config
+from t2runtime.train.identity import differences
 
 NAME = "checkpoint.safetensors"
-_KIND, _VERSION = "training run", 1
+_KIND, _VERSION = "training run", 2
 _GROUPS = ("now", "best", "optimiser", "random")
 
 
@@ -68,49 +69,60 @@ def load(
 ) -> tuple[State, dict[str, Tensor], dict[str, Tensor]]:
     """(state, adapter's state, optimiser's state), and torch's and Python's generators are set.
 
-    Raises ValueError naming what differs where the checkpoint is of another run.
+    Raises ValueError naming what differs where the checkpoint is of another run. A run that came to
+    its last step may go on for more, where the schedule of its learning rate is constant.
     """
     tensors, facts = load_tensors(path, kind=_KIND, version=_VERSION)
-    found = _differences(facts["identity"], identity)
+    groups: dict[str, dict[str, Tensor]] = {group: {} for group in _GROUPS}
+    for key, tensor in tensors.items():
+        group, _, name = key.partition("/")
+        groups[group][name] = tensor
+    state = _state(facts, groups["best"])
+    found = _differences(facts["identity"], identity, state)
     if found:
         raise ValueError(
             f"cannot resume {path.parent}: it was trained with {'; '.join(found)}. Give the same "
             "settings, or start anew in another folder"
         )
-    groups: dict[str, dict[str, Tensor]] = {group: {} for group in _GROUPS}
-    for key, tensor in tensors.items():
-        group, _, name = key.partition("/")
-        groups[group][name] = tensor
-    plain = dict(facts["state"])
-    key = plain["best_key"]
-    plain["best_key"] = None if key is None else (key[0], key[1])
+    if identity["config"]["steps"] > facts["identity"]["config"]["steps"]:
+        state.finished = ""
     version, numbers, gauss = facts["python_random"]
     random.setstate((version, tuple(numbers), gauss))
     _set_generators(groups["random"])
-    return State(**plain, best=groups["best"]), groups["now"], groups["optimiser"]
+    return state, groups["now"], groups["optimiser"]
 
 
-def identity_of(
-    cfg: Config, task: str, problems: str, adapter: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What two runs must share for one to go on where the other stopped."""
-    return {"config": asdict(cfg), "task": task, "problems": problems, **adapter}
+def standing(path: Path) -> State:
+    """Where the run of a checkpoint stands, without its tensors."""
+    _, facts = load_tensors(path, kind=_KIND, version=_VERSION)
+    return _state(facts, {})
 
 
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+def _state(facts: Mapping[str, Any], best: dict[str, Tensor]) -> State:
+    plain = dict(facts["state"])
+    key = plain["best_key"]
+    plain["best_key"] = None if key is None else (key[0], key[1])
+    return State(**plain, best=best)
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], state: State) -> list[str]:
+    """What forbids to go on, in words; more steps at a constant rate do not."""
     known = {f.name for f in fields(Config)}
     if set(theirs["config"]) != known:
         return ["settings of another release of this package"]
-    found = Config(**theirs["config"]).differences(Config(**ours["config"]))
-    words = {
-        "task": "task", "method": "method",
-        "problems": "other validation problems", "layers": "another model, or other layers of it",
-    }  # fmt: skip
-    for key, word in words.items():
-        if theirs.get(key) != ours.get(key):
-            named = key in ("task", "method")
-            found.append(f"{word} {theirs.get(key)!r}, not {ours.get(key)!r}" if named else word)
-    return found
+    before, now = Config(**theirs["config"]), Config(**ours["config"])
+    found = before.differences(now)
+    if now.steps > before.steps:
+        words = f"steps {before.steps}, not {now.steps}"
+        found.remove(words)
+        if now.schedule != "constant":
+            found.append(
+                f"{words} (its schedule {now.schedule!r} was laid out over {before.steps}: only "
+                "'constant' can be extended)"
+            )
+        elif state.finished not in ("", "steps"):
+            found.append(f"{words} (it ended by {state.finished} at step {state.step})")
+    return found + differences(theirs, ours)
 
 
 def _generators() -> dict[str, Tensor]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,54 @@ import torch
 from torch import Tensor
 
 import t2kernels as t2k
-from t2kernels.files import atomic_path
+from t2kernels.files import atomic_path, folder_lock
 from t2runtime.train import checkpoint
 from t2runtime.train.checkpoint import State
 from t2runtime.train.config import Config
+
+#: Drawn by whoever likes; a new run's folder shows no older one's.
+PICTURE = "training.png"
 
 
 class Folder:
     """Where a run writes. Without a path nothing is written and nothing can be resumed."""
 
-    def __init__(self, path: Path | None, cfg: Config, identity: Mapping[str, Any]) -> None:
-        self.path, self._cfg, self._identity = path, cfg, identity
+    def __init__(
+        self,
+        path: Path | None,
+        cfg: Config,
+        identity: Mapping[str, Any],
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path, self._cfg, self._identity, self._facts = path, cfg, identity, facts
 
-    def begin(self) -> None:
-        """Write the settings and start anew: what an earlier run left here is gone."""
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One run at a time; a second one gets a RuntimeError."""
         if self.path is None:
+            yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / checkpoint.NAME).unlink(missing_ok=True)
+        with folder_lock(self.path):
+            yield
+
+    def begin(self, overwrite: bool) -> None:
+        """Write the settings and start anew: what an earlier run left here is gone. One that is not
+        finished is refused, without `overwrite`.
+        """
+        if self.path is None:
+            return
+        left = self.path / checkpoint.NAME
+        if left.exists() and not overwrite:
+            state = checkpoint.standing(left)
+            if not state.finished:
+                raise ValueError(
+                    f"{self.path} holds a run that stands at step {state.step} and is not finished."
+                    " Go on with it (resume, --resume), start anew and lose it (overwrite, "
+                    "--overwrite), or take another folder (out, --run)"
+                )
+        for name in (checkpoint.NAME, PICTURE):
+            (self.path / name).unlink(missing_ok=True)
         self._settings()
         (self.path / "metrics.jsonl").write_text("")
 
@@ -73,9 +104,9 @@ class Folder:
         }
         facts = {
             **asdict(self._cfg),
+            "given": dict(self._facts or {}),
             "run": {k: v for k, v in self._identity.items() if k != "config"},
             "versions": versions,
-            "threads": torch.get_num_threads(),
         }
         (self.path / "config.json").write_text(json.dumps(facts, indent=1) + "\n")
 

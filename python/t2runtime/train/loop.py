@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import time
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from t2runtime.generation import uses_template
 from t2runtime.tasks import Problem, Source
 from t2runtime.train import optimiser as optim
 from t2runtime.train.adapters import SVF, Adapter, restore, snapshot
-from t2runtime.train.checkpoint import State, identity_of
+from t2runtime.train.checkpoint import State
 from t2runtime.train.config import Config
 from t2runtime.train.folder import Folder
+from t2runtime.train.identity import identity_of
 from t2runtime.train.next_token import next_token
-from t2runtime.train.reinforce import reinforce
+from t2runtime.train.reinforce import drawn, reinforce
 
 Log = Callable[[dict[str, Any]], None]
 logger = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ def train(
     *,
     adapter: Adapter | None = None,
     resume: bool = False,
+    overwrite: bool = False,
+    facts: Mapping[str, Any] | None = None,
 ) -> Any:
     """Train an expert on a converted model and return it, the best by validation (`t2k.Expert`).
 
@@ -69,26 +72,55 @@ def train(
         log: called with each line of metrics.
         adapter: another one than the model's own z (`adapters.Peft`); its weights are returned.
         resume: go on from the checkpoint in `out`, to the bits that the run would have reached
-            unstopped; without a checkpoint, start. Another configuration, task or model is refused.
+            unstopped; without a checkpoint, start. Other settings, problems, rewards, weights,
+            dtypes or threads are refused by name. More steps are taken where the schedule is
+            constant; where the shorter run ended on a step of validation, they lead to the bits of
+            a run of that length.
+        overwrite: start anew where `out` holds a run that is not finished, which else is refused.
+        facts: about the run, for config.json.
 
     The adapter starts at the base and is back there, frozen, afterwards. The result's metadata hold
     its validation accuracy and the base's; one that is not better than the base is returned all the
     same, with a warning in the log. Ctrl-C raises `Interrupted`. What is not finite, and a reward
     that raises, is a RuntimeError or ValueError that names it.
     """
+    one_process()
     cfg = resolved(cfg, source, tokenizer)
     adapter = SVF(model) if adapter is None else adapter
     held_out = source(cfg.validation_problems, "validation", cfg.seed)
     if not held_out:
         raise ValueError(f"task {source.name!r} gave no validation problems")
-    identity = identity_of(cfg, source.name, _checksum(held_out), adapter.identity())
+    first = drawn(source, cfg, _seed(cfg, 0))
+    identity = identity_of(cfg, source, first, held_out, adapter.identity(), model)
     model.eval()
-    run = _Run(model, tokenizer, source, cfg, adapter, held_out, Folder(out, cfg, identity), log)
-    step = 0
+    folder = Folder(out, cfg, identity, facts)
+    run = _Run(model, tokenizer, source, cfg, adapter, held_out, folder, log)
+    with folder.locked():
+        return _steps(run, resume, overwrite)
+
+
+def one_process() -> None:
+    """Refuse to be one of several: each would run the whole job and write the same files."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world.isdigit() and int(world) > 1:
+        raise ValueError(
+            f"training must be started as one process, got WORLD_SIZE={world} (torchrun, "
+            "accelerate): each would run the whole job and write the same files. Start it without "
+            'the launcher; "Several processes" in docs/training.md says what can be spread'
+        )
+
+
+def _seed(cfg: Config, step: int) -> int:
+    return cfg.seed * 1_000_003 + step
+
+
+def _steps(run: _Run, resume: bool, overwrite: bool) -> Any:
+    """All steps from where the run stands, and its result."""
+    step, cfg, adapter = 0, run.cfg, run.adapter
     adapter.start(cfg.recompute)
     try:
-        run.open(resume)
-        bar = tqdm(total=cfg.steps, initial=run.state.step, desc=source.name, unit="step",
+        run.open(resume, overwrite)
+        bar = tqdm(total=cfg.steps, initial=run.state.step, desc=run.source.name, unit="step",
                    disable=None, leave=False)  # fmt: skip
         with bar:
             for step in range(run.state.step, cfg.steps):
@@ -121,11 +153,11 @@ class _Run:
         self._parameters = self.adapter.parameters()
         self._optimiser = optim.make(self.cfg, list(self._parameters.values()))
 
-    def open(self, resume: bool) -> None:
+    def open(self, resume: bool, overwrite: bool) -> None:
         """Start anew, or where the checkpoint stands."""
         found = self.folder.resume() if resume else None
         if found is None:
-            self.folder.begin()
+            self.folder.begin(overwrite)
         else:
             self.state, now, moments = found
             restore(self.adapter, now)
@@ -137,7 +169,7 @@ class _Run:
     def step(self, step: int) -> dict[str, Any]:
         """One step with all that follows from it; what a progress bar shows."""
         cfg, state = self.cfg, self.state
-        begin, seed = time.perf_counter(), cfg.seed * 1_000_003 + step
+        begin, seed = time.perf_counter(), _seed(cfg, step)
         torch.manual_seed(seed)
         facts = _OBJECTIVES[cfg.objective](
             self.model, self.tokenizer, self.adapter, self.source, cfg, seed
@@ -231,8 +263,3 @@ def _clipped(
 
 def _finite(tensor: torch.Tensor) -> bool:
     return bool(tensor.isfinite().all())
-
-
-def _checksum(problems: list[Problem]) -> str:
-    text = "\0".join(f"{problem.prompt}\0{problem.answer}" for problem in problems)
-    return f"{zlib.crc32(text.encode()):08x}"

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,60 @@ def test_an_expert_with_its_card_and_resume(capsys: Any, tmp_path: Path) -> None
     assert all(again.z[name].equal(z) for name, z in expert.z.items())
     code, said, err = call(capsys, *words, "--resume", "--lr", "0.5")
     assert code == 2 and "lr 0.02, not 0.5" in err and len(err.splitlines()) == 1
+
+
+def test_all_that_was_asked_for_is_saved(capsys: Any, tmp_path: Path) -> None:
+    """In config.json of the run, the expert's metadata and the card."""
+    texts = [f"ab{a}{b}" for a in "abcdefgh" for b in "abcdefgh"]
+    rows = [json.dumps({"prompt": f"say {text}=", "answer": text}) for text in texts]
+    (tmp_path / "all.jsonl").write_text("\n".join([*rows, "{broken"]) + "\n")
+    out = tmp_path / "e.safetensors"
+    asked = {
+        "--rank": 4, "--layers": "0", "--targets": "q_proj,up_proj",
+        "--parametrisation": "sigmoid-normalised", "--dtype": "float32", "--extract": "label",
+    }  # fmt: skip
+    words = [word for pair in asked.items() for word in map(str, pair)]
+    task = str(tmp_path / "all.jsonl")
+    given = ["--skip-bad-lines", "--max-new-tokens", "6", "--out", str(out), *FEW, *words]
+    assert main(["train", "small", "--task", task, *given]) == 0, capsys.readouterr()
+    run = json.loads((tmp_path / "e" / "config.json").read_text())
+    expert = t2k.Expert.load(out)
+    card = out.with_suffix(".md").read_text()
+    for options in (run["given"]["options"], expert.metadata["options"]):
+        for name, value in asked.items():
+            assert options[name[2:].replace("-", "_")] == value, name
+        assert options["model"] == "small" and options["task"] == task
+        assert options["skip_bad_lines"] is True and options["device"] == "cpu"
+    for facts in (run["given"], expert.metadata):
+        assert facts["skipped_lines"] == 1 and len(facts["data_digest"]) == 16
+    assert run["run"]["rank"] == [4] and set(run["run"]["layers"]) == set(expert.z)
+    assert run["given"]["started_in"] == os.getcwd() and run["run"]["dtype"] == "float32"
+    for said in ('"parametrisation": "sigmoid-normalised"', '"layers": "0"', '"lr": 0.02',
+                 "| skipped lines | 1 |", expert.metadata["data_digest"]):  # fmt: skip
+        assert said in card, said
+
+
+def test_an_unfinished_run_and_several_processes(
+    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "e.safetensors"
+    words = ("--out", str(out), *FEW, "--checkpoint-every", "1", "--validate-every", "1")
+
+    def stop(line: Any) -> None:
+        if line["step"] == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "_progress", stop)
+        assert call(capsys, *words, "--steps", "3")[0] == 130
+    code, _, err = call(capsys, *words, "--steps", "3")
+    assert code == 2 and "stands at step 1 and is not finished" in err and "--overwrite" in err
+    assert call(capsys, *words, "--steps", "3", "--resume", "--overwrite")[0] == 2
+    assert call(capsys, *words, "--steps", "3", "--resume")[0] == 0
+    assert call(capsys, *words, "--steps", "4", "--resume")[0] == 0, "the small recipe is constant"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    code, _, err = call(capsys, *words)
+    assert code == 2 and "WORLD_SIZE=4" in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3"])

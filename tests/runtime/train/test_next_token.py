@@ -106,6 +106,22 @@ def test_what_is_learnt_is_a_right_answer(task: str, tmp_path: Path) -> None:
         assert made.grade([problem], [problem.target]) == [True]
 
 
+def test_both_halves_of_a_pro_row(tmp_path: Path) -> None:
+    """Published as bodies under the `def` lines of the problems."""
+    row = {
+        "raw_problem": "# Add.\ndef add(a, b):", "raw_solution": "    return a + b",
+        "new_problem": "# Add three.\ndef add3(a, b, c):",
+        "new_solution": "    return add(add(a, b), c)", "test_code": "assert add3(1, 2, 3) == 6",
+    }  # fmt: skip
+    (tmp_path / "mbpp_pro.jsonl").write_text(json.dumps(row) + "\n")
+    made = source("mbpp", data=tmp_path / "mbpp_pro.jsonl")
+    problem = next(p for s in ("train", "validation", "test") for p in _rows(made, s))
+    program = learnt(made, problem).removeprefix("```python\n").removesuffix("```")
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert names["add3"](1, 2, 3) == 6
+
+
 def _rows(made: Any, split: Any) -> list[Problem]:
     return made(1, split, 0) if made.size(split) else []
 

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import subprocess
@@ -98,35 +99,86 @@ def test_a_finished_run_is_not_trained_again(
     assert not lines and all(torch.equal(first.z[name], again.z[name]) for name in first.z)
 
 
-def test_a_run_without_resume_starts_anew(
+def test_a_finished_run_may_start_anew(
     tiny: Any, tokenizer: Any, letter: Any, quick: Config, tmp_path: Path
 ) -> None:
     for _ in range(2):
+        (tmp_path / "training.png").write_text("of the run before")
         train(tiny, tokenizer, letter, changed(quick, steps=2), tmp_path)
+        assert not (tmp_path / "training.png").exists()
     assert len(without_times(tmp_path / "metrics.jsonl")) == 2
 
 
-def test_another_run_is_refused_by_name(
+def test_an_unfinished_run_is_not_lost_by_forgetting_resume(
+    tiny: Any, tokenizer: Any, letter: Any, quick: Config, tmp_path: Path
+) -> None:
+    cfg = changed(quick, checkpoint_every=2)
+    with pytest.raises(Stop):
+        train(tiny, tokenizer, letter, cfg, tmp_path, stop_at(5))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    said = "stands at step 4 and is not finished.*--resume.*--overwrite"
+    with pytest.raises(ValueError, match=said):
+        train(tiny, tokenizer, letter, cfg, tmp_path)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    train(tiny, tokenizer, letter, changed(cfg, steps=3), tmp_path, overwrite=True)
+    assert [line["step"] for line in without_times(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_two_runs_cannot_share_a_folder(
+    tiny: Any, tokenizer: Any, letter: Any, quick: Config, tmp_path: Path
+) -> None:
+    """Not even where the second would only resume; the first goes on unharmed."""
+    cfg, said = changed(quick, steps=2, checkpoint_every=1), []
+
+    def second(line: dict[str, Any]) -> None:
+        for words in ({"resume": True}, {"overwrite": True}, {}):
+            with pytest.raises(RuntimeError, match="written by another process") as refused:
+                train(copy.deepcopy(tiny), tokenizer, letter, cfg, tmp_path, **words)
+            said.append(str(refused.value))
+
+    train(tiny, tokenizer, letter, cfg, tmp_path, second)
+    assert len(said) == 6 and len(without_times(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_one_of_several_processes_is_refused(
+    tiny: Any, tokenizer: Any, letter: Any, quick: Config, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process, got WORLD_SIZE=2.*docs/training.md"):
+        train(tiny, tokenizer, letter, quick, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    train(tiny, tokenizer, letter, changed(quick, steps=1), tmp_path / "run")
+
+
+def test_more_steps_at_a_constant_rate(
+    tiny: Any, tokenizer: Any, letter: Any, quick: Config, tmp_path: Path
+) -> None:
+    """To the bits of a run that was as long from the start."""
+    cfg = changed(quick, steps=8, warmup=2)
+    whole = train(tiny, tokenizer, letter, changed(cfg, steps=12), tmp_path / "whole")
+    train(tiny, tokenizer, letter, cfg, tmp_path / "parts")
+    longer = changed(cfg, steps=12)
+    parts = train(tiny, tokenizer, letter, longer, tmp_path / "parts", resume=True)
+    assert all(torch.equal(whole.z[name], parts.z[name]) for name in whole.z)
+    metrics = [without_times(tmp_path / n / "metrics.jsonl") for n in ("whole", "parts")]
+    assert metrics[0] == metrics[1]
+    assert json.loads((tmp_path / "parts" / "config.json").read_text())["steps"] == 12
+    with pytest.raises(ValueError, match="steps 12, not 8"):
+        train(tiny, tokenizer, letter, cfg, tmp_path / "parts", resume=True)
+
+
+def test_steps_that_cannot_be_added(
     tiny: Any, tokenizer: Any, letters: Any, quick: Config, tmp_path: Path
 ) -> None:
-    cfg = changed(quick, steps=2)
-    train(tiny, tokenizer, letters("a"), cfg, tmp_path)
-
-    def refused(match: str, source: Any = None, cfg: Config = cfg) -> None:
-        source = source or letters("a")
-        with pytest.raises(ValueError, match=f"cannot resume .*{match}"):
-            train(tiny, tokenizer, source, cfg, tmp_path, resume=True)
-
-    refused("lr 0.1, not 0.2; seed 0, not 1", cfg=changed(cfg, lr=0.2, seed=1))
-    refused("task 'letter', not 'other'", letters("a", name="other"))
-    refused("other validation problems", letters("b"))
-    t2k.revert(tiny)
-    t2k.convert(tiny, "mlp", progress=False)
-    refused("other layers")
-    t2k.revert(tiny)
-    tiny.model.layers[0].mlp.up_proj.weight.data.mul_(2)
-    t2k.convert(tiny, progress=False)
-    refused("another model")
+    for changes, why in (
+        ({"schedule": "cosine"}, "steps 4, not 8 .*'cosine' was laid out over 4"),
+        ({"patience": 1, "validate_every": 1}, "steps 4, not 8 .*it ended by patience at step 2"),
+    ):
+        cfg, folder = changed(quick, steps=4, **changes), tmp_path / next(iter(changes))
+        train(tiny, tokenizer, letters("never"), cfg, folder)
+        with pytest.raises(ValueError, match=f"cannot resume .*{why}"):
+            train(tiny, tokenizer, letters("never"), changed(cfg, steps=8), folder, resume=True)
 
 
 def test_what_cannot_be_resumed(
