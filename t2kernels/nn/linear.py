@@ -408,7 +408,12 @@ class SVFLinear(nn.Module):
             return
         if self.weight is None and given is not None:
             state_dict = {k: v for k, v in state_dict.items() if k != key}
+        z = state_dict.get(prefix + "z")
+        if isinstance(z, Tensor) and z.is_floating_point() and z.dtype != torch.float32:
+            state_dict = {**state_dict, prefix + "z": z.float()}  # assigning would keep its dtype
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if args[0].get("assign_to_params_buffers") and fits and given.is_floating_point():
+            self.to(given.device, given.dtype)  # the factors follow what was assigned
         self._z_seen = None
         self.rests()
 

@@ -146,6 +146,35 @@ def test_loading_another_weight_under_the_factors_is_refused():
         layer.load_state_dict({**state, "weight": state["weight"] + 1})
 
 
+@pytest.mark.parametrize("options", [{}, {"keep_weight": False}, {"int8": True}], ids=str)
+def test_assigned_weights_take_their_factors_along(options):
+    """load_state_dict(assign=True) takes tensors as they come: z stays fp32, factors follow."""
+    options = dict(options)
+    int8 = options.pop("int8", False)
+    torch.manual_seed(0)
+    linear = nn.Linear(8, 6)
+    layer = t2k.SVFLinear.from_linear(linear, **options)
+    if int8:
+        factors = t2k.quantize(layer.factors)
+        layer = t2k.SVFLinear.from_linear(linear, factors=factors)
+    state = {key: value.bfloat16() for key, value in layer.state_dict().items()}
+    state["z"] = torch.linspace(0.5, 1.5, 6).bfloat16()
+    layer.load_state_dict(state, assign=True)
+    assert layer.z.dtype == torch.float32 and isinstance(layer.z, nn.Parameter)
+    assert torch.equal(layer.z, state["z"].float())
+    assert layer.factors.S.dtype == torch.float32
+    assert layer.bias.dtype == torch.bfloat16
+    assert layer.weight is None or layer.weight.dtype == torch.bfloat16
+    x = torch.randn(3, 8).bfloat16()
+    with torch.no_grad():
+        y = layer(x)
+        layer.z.fill_(1.0)
+        base = layer(x)
+    rebuilt = torch.nn.functional.linear(x, state["weight"], state["bias"])
+    torch.testing.assert_close(base, rebuilt, rtol=0.03, atol=0.03)
+    assert y.dtype == torch.bfloat16 and not torch.equal(y, base)
+
+
 def test_loading_z_takes_effect():
     linear, layer = pair()
     layer.load_state_dict({**layer.state_dict(), "z": torch.full((9,), 2.0)})
