@@ -53,7 +53,8 @@ class ExpertBank:
         self._flat: dict[str, Tensor] = {}
         self._serial: dict[str, int] = {}  # unlike id(), never given to a later expert again
         self._arenas: list[Tensor] = []  # one per depth of nested `use`
-        self._depth = 0
+        self._busy: set[int] = set()  # the arenas of the blocks that are open
+        self._number = next(_SERIALS)
 
     # -- members -------------------------------------------------------------------------------
 
@@ -178,12 +179,13 @@ class ExpertBank:
         with torch.inference_mode(False):  # the plan may serve calls with gradients, too
             plan = self._plan(routing, slot, mixture)
         plan.row_order, plan.stored_base_rows = row_order, base_rows == "stored"
-        self._depth += 1
+        depth = self._depth
+        self._busy.add(depth)
         try:
             with self._route.using(plan):
                 yield
         finally:
-            self._depth -= 1
+            self._busy.discard(depth)
 
     def _plan(
         self, routing: Mixture | Sequence[Mixture] | Tensor, slot: Tensor | None, mixture: str
@@ -302,20 +304,26 @@ class ExpertBank:
             offset += layer.rank
         return torch.cat(parts, dim=1)
 
+    @property
+    def _depth(self) -> int:
+        """The first arena that no open block uses: how deep blocks are nested, as a rule."""
+        return next(i for i in itertools.count() if i not in self._busy)
+
     def _arena(self, slots: int) -> Tensor:
-        """The arena of this depth of nesting, with room for ``slots``; its address is kept, so
-        that a captured or compiled model sees a new routing without being captured again."""
+        """The arena of this depth, with room for ``slots``; its address is kept, so that a
+        captured or compiled model sees a new routing without being captured again."""
         R = sum(layer.rank for layer in self._layers.values())
-        while len(self._arenas) <= self._depth:
+        depth = self._depth
+        while len(self._arenas) <= depth:
             self._arenas.append(torch.empty(0, R))
-        arena = self._arenas[self._depth]
+        arena = self._arenas[depth]
         if arena.shape[0] < slots or arena.device != self._device:
             # A larger arena is another shape to a compiler, so there is room for most batches.
             room = max(64, 1 << (slots - 1).bit_length())
             # An inference tensor could not be written to again outside inference mode.
             with torch.inference_mode(False):
                 arena = torch.zeros(room, R, device=self._device)
-            self._arenas[self._depth] = arena
+            self._arenas[depth] = arena
         return arena
 
     # -- merging -------------------------------------------------------------------------------
@@ -330,6 +338,8 @@ class ExpertBank:
         self._check_model()
         if self._route.plan is not None:
             raise RuntimeError("ExpertBank.merge: leave the `with bank.use(...)` block first.")
+        if self._route.merged is not None and self._route.merged_by != self._number:
+            raise RuntimeError("ExpertBank.merge: another bank has merged here; unmerge() first.")
         if not (routing is None or isinstance(routing, (str, Mapping))):
             raise TypeError(
                 "ExpertBank.merge: one name or {name: weight}; a merged model has one expert for "
@@ -351,7 +361,7 @@ class ExpertBank:
         except BaseException:
             self.unmerge()
             raise
-        self._route.merged = (mixture, self._content(weights))
+        self._route.merged, self._route.merged_by = (mixture, self._content(weights)), self._number
 
     def unmerge(self) -> None:
         """Bring the base weights back, bit-exact; nothing happens when nothing is merged."""

@@ -150,6 +150,8 @@ class Route:
         self.batch: Tensor | None = None
         self.layers: tuple[SVFLinear, ...] = ()
         self.frozen: list[Tensor] = []  # what `trainable` froze, for `revert`
+        self.merged_by: int | None = None  # the number of the bank that did
+        self._open: list[Plan] = []  # of the blocks that were entered and not left, in order
         self._owner: int | None = None
         self._ran_without_plan = False
         model.register_forward_pre_hook(_watch_model_call, with_kwargs=True)
@@ -158,7 +160,8 @@ class Route:
     def __getstate__(self) -> dict[str, Any]:
         """A model that is copied or sent to another process starts with no plan; its hooks come
         along with the model."""
-        return {**self.__dict__, "plan": None, "_owner": None, "batch": None}
+        none = dict.fromkeys(("plan", "merged_by", "_owner", "batch"))
+        return {**self.__dict__, **none, "_open": []}
 
     @staticmethod
     def remove(model: nn.Module) -> None:
@@ -173,19 +176,31 @@ class Route:
 
     @contextmanager
     def using(self, plan: Plan) -> Iterator[None]:
-        """Put ``plan`` in force; the plan before comes back afterwards."""
+        """Put ``plan`` in force; afterwards the block inside which this one stands decides again.
+
+        Blocks that interleave (generators that are closed in another order) leave nothing behind,
+        but calls in the outer one were made under the inner one's plan: an error says so.
+        """
         me = threading.get_ident()
         if self.plan is not None and self._owner != me:
             raise RuntimeError(
                 "ExpertBank.use: another thread is inside `use` on this model. A model has one "
                 "routing at a time; give each thread its own copy, or one batch for all requests."
             )
-        before, self.plan, self._owner = self.plan, plan, me
-        self.batch = None
+        self.plan, self._owner, self.batch = plan, me, None
+        self._open.append(plan)
+        failed = False
         try:
             yield
+        except Exception:
+            failed = True
+            raise
         finally:
-            self.plan = before
+            innermost = self._open[-1] is plan
+            self._open.remove(plan)
+            self.plan = self._open[-1] if self._open else None
+            if not innermost and not failed:
+                raise RuntimeError(_OTHER_ORDER)
 
     def guard(self, y: Tensor) -> None:
         """Make backward through y fail under another plan than the one in force now."""
@@ -210,6 +225,12 @@ class Route:
         elif not (self._ran_without_plan if plan is None else plan.ran):
             raise RuntimeError(_OTHER_ROUTING)
 
+
+_OTHER_ORDER = (
+    "ExpertBank.use: this block was left before one that was entered inside it, so calls made in "
+    "both may have run under the other's experts. Leave blocks in reverse order: do not let two "
+    "generators each hold one open on the same model."
+)
 
 _OTHER_ROUTING = (
     "backward, or a recomputation by gradient checkpointing, runs under another routing than the "
