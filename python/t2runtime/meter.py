@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -38,7 +39,7 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = _run(func, args, kwargs)
         packet = func._overloadpacket
         if packet in _OURS:
             self.flops += _OURS[packet](*(_shape(a) for a in args))
@@ -61,6 +62,19 @@ class Meter(TorchDispatchMode):
     def _freed(self, key: int, size: int) -> None:
         self._live.discard(key)
         self.now -= size
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    """The operator's outcome. Without memory torch groups products in bf16 only, though it computes
+    them in other types as well: there the outcome is that in bf16, in their type.
+    """
+    first = args[0] if args else None
+    if func._overloadpacket is not _aten._grouped_mm or not (
+        isinstance(first, Tensor) and first.is_meta and first.dtype != torch.bfloat16
+    ):
+        return func(*args, **kwargs)
+    lowered = [a.bfloat16() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+    return torch.empty_like(func(*lowered, **kwargs), dtype=first.dtype)
 
 
 def _shape(value: Any) -> Any:
@@ -87,11 +101,17 @@ def _attention_backward(g: Any, q: Any, k: Any, v: Any, *rest: Any) -> int:
     return int(sdpa_backward_flop_count(g, q, k, v))
 
 
+def _grouped(a: Any, b: Any, *rest: Any) -> int:
+    """A product of each row (2-D) or matrix (3-D) of `a` with one matrix."""
+    return 2 * math.prod(a) * int(b[-1]) // (int(a[0]) if len(a) > len(b) else 1)
+
+
 _aten, _t2 = torch.ops.aten, torch.ops.t2kernels
 #: Operators that torch has no formula for; each takes the shapes of the arguments.
 _OURS: dict[Any, Any] = {
     _t2.svf_product: _product,
     _t2.svf_product_backward: _product_backward,
+    _aten._grouped_mm: _grouped,
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }

@@ -242,7 +242,7 @@ def _rollout(model: Any, settings: Settings) -> dict[str, int]:
         out = _run(model, rows, settings.tokens - settings.new, 1, True)
     prefill, vocabulary = meter.peak, out.logits.shape[-1]
     del out
-    with _runs(model):
+    with _runs(model), Meter():
         out = _run(model, 1, settings.tokens, 1, True)
     cache = getattr(out.past_key_values, "layers", ())
     held = [t for layer in cache for t in (layer.keys, layer.values) if isinstance(t, Tensor)]

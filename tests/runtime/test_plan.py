@@ -259,6 +259,36 @@ def test_conv1d_layers(tmp_path: Path) -> None:
     assert found["layers"] == 8 and found["values"] == 8 * 32
 
 
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_experts_of_a_mixture_in_every_dtype(tmp_path: Path, kind: str) -> None:
+    """Twice the bytes in fp32, half the size in fp16 and bf16, and the same arithmetic."""
+    config = {
+        "model_type": kind, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "moe_intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 16, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    folder = written(tmp_path, config)
+    single, half, low = (
+        plan(folder, Settings(rows=2, tokens=16, dtype=dtype))
+        for dtype in ("float32", "float16", "bfloat16")
+    )
+    assert half == low and single["flops"] == low["flops"]
+    assert single["bytes"]["factors"] > 1.9 * low["bytes"]["factors"]
+    for how, size in low["bytes"]["activations"].items():
+        assert size < single["bytes"]["activations"][how] < 2 * size
+
+
+def test_grouped_products_without_memory_have_the_real_shapes() -> None:
+    a, b = torch.ones(6, 16), torch.ones(2, 16, 32)
+    offsets = torch.tensor([2, 6], dtype=torch.int32)
+    real = torch.nn.functional.grouped_mm(a, b, offs=offsets)
+    with Meter() as meter:
+        made = torch.nn.functional.grouped_mm(a.to("meta"), b.to("meta"), offs=offsets.to("meta"))
+    assert (made.shape, made.dtype, made.stride()) == (real.shape, real.dtype, real.stride())
+    assert meter.flops == 2 * 6 * 16 * 32
+
+
 def test_the_meter_knows_what_was_there() -> None:
     weight = torch.zeros(100)
     with Meter([weight]) as meter:
