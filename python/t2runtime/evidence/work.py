@@ -5,6 +5,7 @@ python -m t2runtime.evidence.work '{"arm": "svf", ...}'
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import resource
@@ -20,6 +21,7 @@ from t2runtime.evaluate import Score, evaluate
 from t2runtime.evidence.grid import Run
 from t2runtime.generation import complete
 from t2runtime.loading import load
+from t2runtime.meter import Meter
 from t2runtime.tasks.stories import PREFIX, Stories
 from t2runtime.train import SVF, Adapter, Config, Peft, Source, small_model, train
 
@@ -34,8 +36,8 @@ def source_of(task: str) -> Source:
 def measure(run: Run) -> dict[str, Any]:
     """The row of one run: accuracies, size, time and memory.
 
-    seconds: processor time of training alone, one thread; peak_mib: of the whole process, torch
-    and the model included.
+    seconds: processor time of training alone, one thread. peak_mib: resident memory of the whole
+    process, torch, libraries and the model included. training_mib: see `training_bytes`.
     """
     source = source_of(run.task)
     cfg = small_model(**{"seed": run.seed, **dict(run.settings)})
@@ -53,13 +55,34 @@ def measure(run: Run) -> dict[str, Any]:
         torch.manual_seed(run.seed)
         with weights:
             row[name] = _score(model, tokenizer, source, test, cfg).right
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         **row,
         "values": sum(p.numel() for p in adapter.parameters().values()),
         "steps": cfg.steps,
         "seconds": seconds,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "training_mib": training_bytes(model, tokenizer, source, cfg, adapter) / 2**20,
+        "peak_mib": resident,
     }
+
+
+def training_bytes(
+    model: Any, tokenizer: Any, source: Source, cfg: Config, adapter: Adapter
+) -> int:
+    """What training holds at its peak beyond the base model: what the method adds to it (factors
+    and z, or the adapter's weights) and all tensors made in one more step.
+
+    Counted, not measured: the same on every machine, without the allocator's spare memory and what
+    a kernel allocates and frees inside.
+    """
+    layers = t2k.svf_layers(model).values()
+    tensors: list[Any] = [*adapter.parameters().values(), *(t for m in layers for t in m.factors)]
+    held = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+    # One problem, so that the peak is that of the step and not of validation.
+    one = dataclasses.replace(cfg, steps=1, warmup=0, validation_problems=1)
+    with Meter() as meter:
+        train(model, tokenizer, source, one, adapter=adapter)
+    return held + meter.peak
 
 
 def _adapter(run: Run, model: Any) -> Adapter:

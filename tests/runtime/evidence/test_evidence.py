@@ -6,7 +6,9 @@ import math
 import pytest
 
 from t2runtime.evidence import __main__ as evidence
-from t2runtime.evidence import grid, report
+from t2runtime.evidence import grid, report, work
+from t2runtime.loading import load
+from t2runtime.train import small_model
 
 
 def row(arm, seed, trained, task="add", **more):
@@ -69,6 +71,7 @@ def test_a_run_of_its_own_process_and_the_report(tmp_path):
     assert found["values"] == 3584
     assert 0 < found["base"] < 400
     assert found["seconds"] > 0
+    assert 1 < found["training_mib"] < found["peak_mib"]
     assert evidence.finish([run], ledger, 1, "test") == [found]
     with pytest.raises(RuntimeError, match="must be one of"):
         evidence.finish([grid.Run("svf", "nothing", 0).with_settings(lr=0.1)], ledger, 1, "test")
@@ -81,3 +84,30 @@ def test_a_run_of_its_own_process_and_the_report(tmp_path):
     result = json.loads((tmp_path / "evidence.json").read_text())
     assert len(result["answers"]) == len(grid.QUESTIONS)
     assert all("key" not in run for run in result["runs"])
+
+
+def test_memory_of_a_method_beside_rows_that_lack_it():
+    old = [row("svf", s, 50) for s in range(2)]
+    (line,) = report.arms(old)
+    assert line["training_mib"] is None
+    (line,) = report.arms([*old, row("svf", 2, 50, training_mib=12.25)])
+    assert line["training_mib"] == 12.25
+    table = report._table(report.arms(old) + [line])
+    assert "| – | 1 |" in table[2] and "| 12.2 | 1 |" in table[3]
+    assert len({text.count("|") for text in table}) == 1
+
+
+def test_what_training_holds_grows_with_its_rows_and_its_method():
+    def held(method, prompts):
+        pytest.importorskip("peft")
+        run = grid.Run("x", "add", 0, method=method)
+        cfg = small_model(steps=1, prompts=prompts, samples=2, validation_problems=4)
+        source = work.source_of("add")
+        model, tokenizer = load("small")
+        adapter = work._adapter(run, model)
+        return work.training_bytes(model, tokenizer, source, cfg, adapter)
+
+    few, many, lora = held("svf", 2), held("svf", 16), held("lora", 2)
+    assert few < many
+    assert lora != few
+    assert held("svf", 2) == few
