@@ -9,6 +9,8 @@ import torch
 
 import t2kernels as t2k
 from t2runtime.cli import main
+from t2runtime.commands import eval as command
+from t2runtime.evaluate import Score
 from t2runtime.loading import load
 
 
@@ -130,6 +132,18 @@ def test_stories_are_a_task(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert main(["eval", "small", *more]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_every_row_has_its_bar(expert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str | None] = []
+
+    def spy(*words: Any, label: str | None = None, **more: Any) -> Score:
+        shown.append(label)
+        return Score(1, 2)
+
+    monkeypatch.setattr(command, "evaluate", spy)
+    words = ["eval", "small", "--task", "other", "--limit", "2", "--expert", str(expert)]
+    assert main(words) == 0 and shown == ["base", "far"]
 
 
 def test_chat_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:

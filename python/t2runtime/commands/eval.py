@@ -39,11 +39,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     score = partial(
         evaluate, model, tokenizer, task, problems, new_tokens, rows=args.rows, chat=args.chat
     )
-    scores: dict[str, Score] = {BASE: score()}
+    scores: dict[str, Score] = {BASE: score(label=BASE)}
     for name, adapter in given.items():
         if isinstance(adapter, Path):
             with with_adapter(model, adapter):
-                scores[name] = score()
+                scores[name] = score(label=name)
     experts = {name: e for name, e in given.items() if isinstance(e, t2k.Expert)}
     if experts:
         t2k.convert(model, targets=targets(args.targets), decomposition=args.factors)
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             bank.add(name, expert, allow_mismatch=args.allow_mismatch)
     for name in experts:
         with bank.use(name):
-            scores[name] = score()
+            scores[name] = score(label=name)
     return {
         "model": args.model,
         "task": task.name,
