@@ -105,7 +105,8 @@ def uses_template(tokenizer: Any, chat: str) -> bool:
 def prompt_ids(tokenizer: Any, prompt: str, chat: str = "auto") -> list[int]:
     """The ids of one prompt; a template puts its own first token, so none is added twice."""
     if not uses_template(tokenizer, chat):
-        return list(tokenizer(prompt)["input_ids"])
+        # verbose=False: what fits is checked here, against the model's own context.
+        return list(tokenizer(prompt, verbose=False)["input_ids"])
     return list(
         tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
@@ -270,7 +271,8 @@ def forced(
     ids, mask = encode(tokenizer, prompts, model.device, chat)
     ends = turn_end(model, tokenizer, chat)
     rows = [
-        list(tokenizer(answer, add_special_tokens=False)["input_ids"]) + ends for answer in answers
+        list(tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]) + ends
+        for answer in answers
     ]
     for answer, row in zip(answers, rows, strict=True):
         if not row:

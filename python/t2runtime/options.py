@@ -42,6 +42,7 @@ def training(parser: argparse.ArgumentParser) -> None:
     option("--stop-at", "validation accuracy that is enough", type=float)
     option("--checkpoint-every", "steps", type=int)
     choice("--chat", "whether prompts go into the chat template", "auto", "on", "off")
+    choice("--long-prompts", "problems that do not fit into the context", "skip", "error")
     option("--seed", "of prompts and samples", type=int)
 
 

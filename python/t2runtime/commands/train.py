@@ -18,8 +18,10 @@ from t2runtime.card import write_card
 from t2runtime.evaluate import Score, evaluate
 from t2runtime.loading import load
 from t2runtime.sources import source
+from t2runtime.tasks import SPLITS
 from t2runtime.train import RECIPES, SVF, Adapter, Config, Interrupted, Peft, Source, train
 from t2runtime.train.folder import PICTURE
+from t2runtime.train.lengths import fitting
 from t2runtime.train.loop import one_process, resolved
 from t2runtime.train.plots import draw_run
 
@@ -40,11 +42,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         on_bad_lines="skip" if args.skip_bad_lines else "error",
     )
     # Asked for now, so that a file without such lines is refused before anything is trained.
-    for split in ("train", "validation"):
+    for split in SPLITS:
         problems(1, split, cfg.seed)
-    test = problems(TEST_PROBLEMS, "test", cfg.seed)
+    from_data = data_facts(problems)
     model, tokenizer = load(args.model, args.dtype, args.device)
     cfg = resolved(cfg, problems, tokenizer)
+    problems = fitting(problems, model, tokenizer, cfg)
+    test = problems(TEST_PROBLEMS, "test", cfg.seed)
     adapter = make_adapter(model, args, cfg.seed)
     folder = Path(args.run) if args.run else _run_folder(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +56,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     facts = {
         "task": args.task,
         "data": args.data,
-        **data_facts(problems),
+        **from_data,
         "method": args.method,
         "reward": f"1 if right, {cfg.wrong_reward:g} if wrong",
         "options": options_of(args, model),

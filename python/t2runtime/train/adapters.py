@@ -195,7 +195,9 @@ class Peft:
             config = peft.LoraConfig(
                 r=rank, lora_alpha=2 * rank, target_modules=names, use_dora=method == "dora"
             )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # PEFT asks by a name that transformers has deprecated.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             torch.manual_seed(seed)
             self.peft_model = peft.get_peft_model(model, config)
         self.method, self._facts = method, dict[str, Any](layers=names)

@@ -18,6 +18,7 @@ _CHOICES = {
     "schedule": ("cosine", "constant"),
     "rollout": ("merged", "factorised"),
     "chat": ("auto", "on", "off"),
+    "long_prompts": ("skip", "error"),
 }
 
 
@@ -48,6 +49,9 @@ class Config:
     checkpoint_every: steps from one checkpoint to the next, where a run has a folder.
     chat: "auto" puts prompts into the tokenizer's chat template where it has one, "on" demands
         one, "off" leaves prompts as they are.
+    long_prompts: "skip" leaves problems out that do not fit into the model's context with their
+        answers, and counts them in the log, config.json and the expert's metadata; "error" refuses
+        them. Looked for before the first step.
     seed: of prompts and samples. Equal seeds give equal bits on one machine and thread count.
     """
 
@@ -79,6 +83,7 @@ class Config:
     stop_at: float | None = None
     checkpoint_every: int = 10
     chat: Literal["auto", "on", "off"] = "auto"
+    long_prompts: Literal["skip", "error"] = "skip"
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ from t2runtime.train.checkpoint import State
 from t2runtime.train.config import Config
 from t2runtime.train.folder import Folder
 from t2runtime.train.identity import identity_of
+from t2runtime.train.lengths import Fitting, fitting, whole
 from t2runtime.train.next_token import next_token
 from t2runtime.train.reinforce import drawn, reinforce
 
@@ -87,13 +88,14 @@ def train(
     one_process()
     cfg = resolved(cfg, source, tokenizer)
     adapter = SVF(model) if adapter is None else adapter
+    source = fitting(source, model, tokenizer, cfg)
     held_out = source(cfg.validation_problems, "validation", cfg.seed)
     if not held_out:
         raise ValueError(f"task {source.name!r} gave no validation problems")
     first = drawn(source, cfg, _seed(cfg, 0))
-    identity = identity_of(cfg, source, first, held_out, adapter.identity(), model)
+    identity = identity_of(cfg, whole(source), first, held_out, adapter.identity(), model)
     model.eval()
-    folder = Folder(out, cfg, identity, facts)
+    folder = Folder(out, cfg, identity, {**(facts or {}), "left_out": _left_out(source)})
     run = _Run(model, tokenizer, source, cfg, adapter, held_out, folder, log)
     with folder.locked():
         return _steps(run, resume, overwrite)
@@ -108,6 +110,10 @@ def one_process() -> None:
             "accelerate): each would run the whole job and write the same files. Start it without "
             'the launcher; "Several processes" in docs/training.md says what can be spread'
         )
+
+
+def _left_out(source: Source) -> dict[str, int]:
+    return source.left_out if isinstance(source, Fitting) else {}
 
 
 def _seed(cfg: Config, step: int) -> int:
@@ -235,7 +241,9 @@ class _Run:
                 score, base, len(self.held_out),
             )  # fmt: skip
         restore(self.adapter, state.best)
-        return self.adapter.trained({"validation": score, "base_validation": base})
+        left_out = _left_out(self.source)
+        said = {"left_out": left_out} if left_out else {}
+        return self.adapter.trained({"validation": score, "base_validation": base, **said})
 
 
 def _clipped(

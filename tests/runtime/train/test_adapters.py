@@ -1,3 +1,4 @@
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,15 @@ def test_two_methods_under_one_budget(small: Any) -> None:
     cfg = small_model(steps=8, prompts=16, validate_every=4, validation_problems=64, lr=1e-2)
     trained = train(model, tokenizer, Generated("reverse"), cfg, adapter=adapter)
     assert trained.metadata["validation"] > trained.metadata["base_validation"]
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_no_warning_that_the_user_cannot_act_on(
+    tiny: Any, tokenizer: Any, letter: Any, quick: Config, method: str, tmp_path: Path
+) -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", FutureWarning)
+        adapter = make(tiny, method)
+        cfg = Config(**{**vars(quick), "steps": 1})
+        train(tiny, tokenizer, letter, cfg, adapter=adapter).save(tmp_path / "saved")
+    assert not [str(one.message) for one in said if one.category is FutureWarning]
