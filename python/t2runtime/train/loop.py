@@ -25,7 +25,7 @@ from t2runtime.train.config import Config
 from t2runtime.train.folder import Folder
 from t2runtime.train.identity import identity_of
 from t2runtime.train.lengths import Fitting, fitting, whole
-from t2runtime.train.next_token import next_token
+from t2runtime.train.next_token import check, next_token
 from t2runtime.train.reinforce import drawn, reinforce
 
 Log = Callable[[dict[str, Any]], None]
@@ -88,6 +88,8 @@ def train(
     one_process()
     cfg = resolved(cfg, source, tokenizer)
     adapter = SVF(model) if adapter is None else adapter
+    if cfg.objective == "next-token":
+        check(whole(source), cfg)
     source = fitting(source, model, tokenizer, cfg)
     held_out = source(cfg.validation_problems, "validation", cfg.seed)
     if not held_out:

@@ -47,3 +47,14 @@ def learnt(source: Source, problem: Problem) -> str:
             "worked solutions (the task's own file says under which key)"
         )
     return problem.target
+
+
+def check(source: Source, cfg: Config) -> None:
+    """Ask every training problem for its text, where the source can tell how many it has, so that
+    one without is not found in the middle of a run.
+    """
+    size = getattr(source, "size", None)
+    for problem in source(
+        cfg.prompts if size is None else max(1, size("train")), "train", cfg.seed
+    ):
+        learnt(source, problem)

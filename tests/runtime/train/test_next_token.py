@@ -10,6 +10,7 @@ import t2kernels as t2k
 from t2runtime.generation import forced
 from t2runtime.sources import source
 from t2runtime.tasks import Generated, Problem
+from t2runtime.tasks.files import FileSource
 from t2runtime.tasks.stories import Stories
 from t2runtime.train import SVF, Config, small_model, train
 from t2runtime.train.next_token import learnt, next_token
@@ -152,3 +153,14 @@ def test_nothing_to_learn_is_refused(tiny: Any, tokenizer: Any) -> None:
                       max_new_tokens=2)  # fmt: skip
     with pytest.raises(ValueError, match=r"'next-token' needs a text to learn .*'story:animal'"):
         train(tiny, tokenizer, Stories("animal"), cfg)
+
+
+def test_one_row_without_a_text_is_found_before_the_first_step(
+    tiny: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    problems = [Problem(f"{i}+1=", "x", "own", solution="" if i == 7 else "ab") for i in range(9)]
+    made = FileSource("own", 2, {"train": problems, "validation": [Problem("1=", "1", "own")]})
+    cfg = small_model(objective="next-token", prompts=1, validation_problems=1)
+    with pytest.raises(ValueError, match=r"'next-token' needs a text .*'7\+1='"):
+        train(tiny, tokenizer, made, cfg, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
