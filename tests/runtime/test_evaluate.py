@@ -1,6 +1,9 @@
+from typing import Any
+
 import pytest
 
-from t2runtime.evaluate import Score, wilson
+from t2runtime.evaluate import Score, evaluate, wilson
+from t2runtime.tasks import EXACT, Problem
 
 
 def test_wilson_against_the_textbook() -> None:
@@ -28,3 +31,14 @@ def test_a_gain_needs_both_points_and_distance() -> None:
     assert Score(300, 400).gains_over(Score(200, 400))
     assert not Score(240, 400).gains_over(Score(200, 400)), "10 points are too few"
     assert not Score(7, 10).gains_over(Score(5, 10)), "20 points, but the intervals overlap"
+
+
+def test_a_bar_on_a_terminal_where_it_has_a_label(
+    tiny: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = [Problem(f"{i}=", "1", "one") for i in range(5)]
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    evaluate(tiny, tokenizer, EXACT, problems, 1, rows=2)
+    assert capsys.readouterr().err == ""
+    evaluate(tiny, tokenizer, EXACT, problems, 1, rows=2, label="base, test")
+    assert "base, test" in capsys.readouterr().err
