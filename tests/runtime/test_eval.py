@@ -1,6 +1,7 @@
 """`t2 eval`."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,20 @@ def test_adapters_of_peft_beside_experts(
     assert alone["far"] == scores["far"] and alone["base"] == scores["base"]
 
 
+def test_an_svf_adapter_of_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peft = pytest.importorskip("peft")
+    svf = pytest.importorskip("t2runtime.peft")
+    model = peft.get_peft_model(load("small")[0], svf.SVFConfig(target_modules=["up_proj"]))
+    model.save_pretrained(str(tmp_path / "new"))
+    words = ["eval", "small", "--task", "other", "--limit", "20", "--expert", str(tmp_path / "new")]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert main([*words, "--json"]) == 0
+    assert not [w for w in said if "is_gradient_checkpointing" in str(w.message)]
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    assert scores["new"]["right"] == scores["base"]["right"], "a new adapter is the base"
+
+
 def test_inspect_says_what_a_folder_is(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,7 +108,7 @@ def test_inspect_says_what_a_folder_is(
     run.mkdir()
     (run / "metrics.jsonl").touch()
     for words, said in (
-        ((str(run),), "the folder of a run; its expert"),
+        ((str(run),), "the folder of a run, which trained the expert"),
         ((str(tmp_path),), "no kind of folder that is known"),
         ((str(adapter), str(adapter)), "only experts are compared"),
     ):

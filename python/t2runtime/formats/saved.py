@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ def kind_of(path: Path) -> str:
 def refuse(path: Path, expected: str) -> ValueError:
     """The error for a folder that is something else than what a command takes."""
     kind = kind_of(path)
-    more = f"; its expert is the file or folder beside it, {path.name}.*" if kind == "run" else ""
+    more = ", which trained the expert or adapter beside it" if kind == "run" else ""
     said = "no kind of folder that is known here" if kind == "folder" else f"the folder of a {kind}"
     return ValueError(f"{path} is {said}{more}; expected {expected}")
 
@@ -85,7 +86,10 @@ def with_adapter(model: Any, folder: Path) -> Iterator[None]:
     if kind == "SVF":
         import t2runtime.peft  # noqa: F401 - teaches PEFT the method
     try:
-        wrapped = peft.PeftModel.from_pretrained(model, str(folder)).eval()
+        with warnings.catch_warnings():
+            # PEFT asks transformers in its old words.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            wrapped = peft.PeftModel.from_pretrained(model, str(folder)).eval()
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{folder} does not fit this model: {reason}") from error
