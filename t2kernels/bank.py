@@ -176,6 +176,10 @@ class ExpertBank:
                 raise ValueError(f"ExpertBank.use: {what} must be one of {allowed}, got {value!r}.")
         if base_rows == "stored" and any(m.weight is None for m in self._layers.values()):
             raise ValueError("ExpertBank.use: base_rows='stored' needs convert(keep_weight=True).")
+        if slot is not None and not isinstance(slot, Tensor):
+            raise TypeError(
+                f"ExpertBank.use: slot must be (tokens,) int32, got {type(slot).__name__}."
+            )
         with torch.inference_mode(False):  # the plan may serve calls with gradients, too
             plan = self._plan(routing, slot, mixture)
         plan.row_order, plan.stored_base_rows = row_order, base_rows == "stored"
@@ -232,10 +236,8 @@ class ExpertBank:
                 f"(B, {L}, {K}), got {tuple(alpha.shape)}. The order is bank.names, bank.layers."
             )
         if alpha.shape[0] == 0 or not alpha.is_floating_point():
-            raise ValueError(
-                f"ExpertBank.use: alpha must be a float tensor with at least one row, got "
-                f"{tuple(alpha.shape)} {alpha.dtype}."
-            )
+            what = f"a float tensor with at least one row, got {tuple(alpha.shape)} {alpha.dtype}."
+            raise ValueError(f"ExpertBank.use: alpha must be {what}")
         if not bool(torch.isfinite(alpha.detach()).all()):
             raise ValueError("ExpertBank.use: alpha must be finite.")
         alpha = alpha.to(self._device, torch.float32)
@@ -270,10 +272,8 @@ class ExpertBank:
         if slot is None:
             return Plan("rows", key, rows.shape[0], arena, rows)
         if slot.dtype != torch.int32 or slot.dim() != 1:
-            raise TypeError(
-                "ExpertBank.use: slot must be (tokens,) int32, got "
-                f"{tuple(slot.shape)} {slot.dtype}."
-            )
+            got = f"{tuple(slot.shape)} {slot.dtype}"
+            raise TypeError(f"ExpertBank.use: slot must be (tokens,) int32, got {got}.")
         check_slot_values(slot, rows.shape[0])
         slot = slot.to(self._device)
         with_base = torch.cat([rows, rows.new_full((1,), -1)])  # index -1 is the base

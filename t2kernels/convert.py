@@ -15,7 +15,7 @@ from .nn.routing import Route
 from .quantized import QuantizedFactors, quantize
 from .store import FactorStore
 from .svd import SVDFactors
-from .targets import check_targets, classify, match
+from .targets import check_targets, classify, listed, match
 
 
 @dataclass(frozen=True)
@@ -49,22 +49,28 @@ class ConversionReport:
         return "\n".join(lines)
 
 
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be an nn.Module, got {type(model).__name__}. Load it first, with "
+            "AutoModelForCausalLM.from_pretrained(path) for example."
+        )
+
+
 def svf_layers(model: nn.Module) -> dict[str, SVFLinear]:
     """The SVF layers of ``model`` by name, in the model's order."""
+    _check_module(model)
     return {name: m for name, m in model.named_modules() if isinstance(m, SVFLinear)}
 
 
 def converted_layers(model: nn.Module) -> dict[str, SVFLinear]:
     """As ``svf_layers``; raises when there are none."""
-    layers = svf_layers(model)
+    layers, kind = svf_layers(model), type(model).__name__
     if not layers:
-        raise ValueError(
-            f"model ({type(model).__name__}) has no SVF layers; "
-            "call t2kernels.convert(model) first."
-        )
+        raise ValueError(f"model ({kind}) has no SVF layers; call t2kernels.convert(model) first.")
     if "_t2_route" not in model.__dict__:
         raise ValueError(
-            f"model ({type(model).__name__}) is not the module that t2kernels.convert was called "
+            f"model ({kind}) is not the module that t2kernels.convert was called "
             "with, but one around it. Pass that one: model.module of DistributedDataParallel, "
             "model._orig_mod of torch.compile."
         )
@@ -149,14 +155,15 @@ def select(
     >>> list(chosen), skipped
     (['0'], {'1': 'not among the targets'})
     """
+    _check_module(model)
     linears = {n: m for n, m in model.named_modules() if n and _is_linear(m)}
     if not linears:
         raise ValueError(
             f"model ({type(model).__name__}) holds no nn.Linear or Conv1D layers. For a "
             "single layer use SVFLinear.from_linear(layer)."
         )
-    targets = targets if isinstance(targets, str) else list(targets)
-    exclude = exclude if exclude is None or isinstance(exclude, str) else list(exclude)
+    targets = listed("targets", targets)
+    exclude = None if exclude is None else listed("exclude", exclude)
     check_targets(linears, targets)
     if exclude is not None:
         check_targets(linears, exclude)
@@ -243,6 +250,11 @@ def convert(
     if rank is not None and not keep_weight:
         raise ValueError(
             "keep_weight=False needs the full rank: U_k·Σ_k·V_kᵀ is not W. Drop one of the two."
+        )
+    if not isinstance(decomposition, (str, Path, FactorStore, Mapping, type(None))):
+        raise TypeError(
+            "decomposition must be a folder of `t2 decompose`, a FactorStore, {layer: factors} or "
+            f"None, got {type(decomposition).__name__}."
         )
     chosen, skipped = select(model, targets, exclude=exclude)
     report = ConversionReport(skipped=skipped)

@@ -16,6 +16,11 @@ DIVISORS = {"paper-normalised": "Σα", "authors": "Σ(σ⊙z)"}
 _CANCELLED = 1e-6
 
 
+def _check_tensor(what: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{what} must be a torch.Tensor, got {type(value).__name__}.")
+
+
 def _check_choice(what: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{what} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
@@ -59,6 +64,8 @@ def effective_multiplier(S: Tensor, z: Tensor, parametrisation: str = "direct") 
     s = sigmoid(z), z_eff = s·Σσ / Σ(σ⊙s); any constant z is the base.
     """
     _check_choice("parametrisation", parametrisation, PARAMETRISATIONS)
+    _check_tensor("S", S)
+    _check_tensor("z", z)
     if S.dim() != 1 or z.shape[-1:] != S.shape:
         raise ValueError(
             f"z must have shape (..., r) with r = {S.shape[-1] if S.dim() else 0} to match "
@@ -90,6 +97,7 @@ def effective_diagonal(S: Tensor, z: Tensor, parametrisation: str = "direct") ->
     >>> effective_diagonal(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 0.5]))
     tensor([2.0000, 0.5000])
     """
+    _check_tensor("S", S)
     check_sigma(S)
     multiplier = effective_multiplier(S, z, parametrisation)
     return S.to(multiplier.dtype) * multiplier
@@ -115,6 +123,13 @@ def mix(Z: Tensor, alpha: Tensor, form: str = "deviation", S: Tensor | None = No
     tensor([[2., 1.]])
     """
     _check_choice("mixture", form, MIXTURES)
+    _check_tensor("mix: Z", Z)
+    _check_tensor("mix: alpha", alpha)
+    if Z.dim() != 2 or alpha.dim() != 2 or alpha.shape[1] != Z.shape[0]:
+        raise ValueError(
+            f"mix: alpha must be (B, K) = (B, {Z.shape[0] if Z.dim() else 0}) for Z (K, r) = "
+            f"{tuple(Z.shape)}, got {tuple(alpha.shape)}. One weight per expert and request."
+        )
     if form == "authors" and S is None:
         raise ValueError("mix: the form 'authors' needs S, the singular values.")
     if form in DIVISORS and _may_look(alpha):

@@ -43,6 +43,12 @@ def explain(layer: SVFLinear, x: Tensor) -> Explanation:
     """
     if not isinstance(layer, SVFLinear):
         raise TypeError(f"explain: layer must be an SVFLinear, got {type(layer).__name__}.")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"explain: x must be a torch.Tensor, got {type(x).__name__}.")
+    if x.dim() == 0 or x.shape[-1] != layer.in_features:
+        raise ValueError(
+            f"explain: x must have shape (..., {layer.in_features}), got {tuple(x.shape)}."
+        )
     state, d, slot = layer.decide(x)
     why = _FORMS[state]
     if d is None:

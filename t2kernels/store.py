@@ -33,7 +33,7 @@ from .files import (
     write_json,
 )
 from .svd import accuracy, decompose, fingerprint
-from .targets import Targets
+from .targets import Targets, listed
 
 __all__ = ["FactorStore", "decompose_checkpoint"]
 
@@ -97,7 +97,8 @@ def decompose_checkpoint(
         raise ValueError(
             f"decompose_checkpoint: precision must be 'fp32' or 'fp64', got {precision!r}."
         )
-    targets, exclude = _plain(targets), None if exclude is None else _plain(exclude)
+    targets = listed("targets", targets)
+    exclude = None if exclude is None else listed("exclude", exclude)
     checkpoint = Checkpoint(path)
     weights, skipped = checkpoint.weights(targets, exclude)
     for name, reason in skipped.items():
@@ -309,11 +310,6 @@ def _with_bar(pending: Sequence[Weight], total: int, progress: bool) -> Iterator
             bar.set_postfix_str(f"{i}/{total} {weight.name}")
             yield weight
             bar.update(weight.cost)
-
-
-def _plain(targets: Targets) -> str | list[str]:
-    """Something JSON can hold."""
-    return targets if isinstance(targets, str) else list(targets)
 
 
 def _dtype_name(dtype: torch.dtype | None) -> str | None:

@@ -19,6 +19,7 @@ __all__ = [
     "classify",
     "explain_no_match",
     "is_conv1d",
+    "listed",
     "match",
     "normalise",
     "unmatched",
@@ -119,6 +120,22 @@ def match(name: str, targets: Targets = "all-linear", exclude: Targets | None = 
 def normalise(name: str) -> str:
     """The layer's name: without a trailing ".weight"."""
     return name.removesuffix(".weight")
+
+
+def listed(what: str, value: object) -> str | list[str]:
+    """One entry as it is, several as a list; raises TypeError, naming ``what``, for other things.
+
+    >>> listed("targets", ("q_proj", "k_proj"))
+    ['q_proj', 'k_proj']
+    """
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Iterable):
+        raise TypeError(
+            f"{what} must be a str or a list of str, got {type(value).__name__}. "
+            f"Use {', '.join(map(repr, GROUPS))}, names of layers or a regular expression."
+        )
+    return list(value)
 
 
 def unmatched(names: Iterable[str], targets: Targets) -> list[str]:

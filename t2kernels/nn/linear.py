@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..diagonal import PARAMETRISATIONS, effective_multiplier
 from ..ops import dispatch
-from ..ops.functional import dense, layout, run
+from ..ops.functional import dense, layout, run, under_autocast
 from ..quantized import QuantizedFactors, dequantize
 from ..svd import SVDFactors, check_factors, decompose, fingerprint, reconstruct
 from .routing import Route
@@ -313,8 +313,11 @@ class SVFLinear(nn.Module):
             raise ValueError(
                 f"SVFLinear: x must have shape (..., {self.in_features}), got {tuple(x.shape)}."
             )
-        if x.dtype != self._dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"SVFLinear: x must be {self._dtype} like the layer, got {x.dtype}.")
+        if x.dtype != self._dtype and not under_autocast(x):
+            raise TypeError(
+                f"SVFLinear: x must be {self._dtype} like the layer, got {x.dtype}. "
+                f"Use x.to({self._dtype}) or layer.to(dtype)."
+            )
         S = self._S
         x2 = x.reshape(-1, self.in_features)
         if self.full_rank:

@@ -29,6 +29,11 @@ def _plain_eager(x: Tensor) -> bool:
     )
 
 
+def under_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; a device that has none (meta) would raise."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def run(
     x: Tensor,
     U: Tensor,
@@ -52,7 +57,14 @@ def run(
         torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     )
     invariant = dispatch.is_batch_invariant()
-    if not wants_grad and _plain_eager(x) and not torch.is_autocast_enabled(x.device.type):
+    try:
+        direct = not wants_grad and _plain_eager(x) and not torch.is_autocast_enabled(x.device.type)
+    except RuntimeError as error:  # the meta device has no autocast; asking first would cost time
+        if U.device != x.device:
+            message = f"x is on {x.device}, the factors are on {U.device}. Move one of them."
+            raise ValueError(f"svf_linear: {message}") from error
+        direct = False
+    if direct:
         return product(x, U, Vh, d, base, slot, bias, scale, False, invariant)[0]
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         raise RuntimeError(
@@ -78,8 +90,9 @@ def _check(
             f"{op}: factors must be SVDFactors or QuantizedFactors, got {type(f).__name__}. "
             "Make them with t2kernels.decompose(weight)."
         )
-    for name, value in (("x", x), (diagonal, d)):
-        if not isinstance(value, Tensor):
+    named = {"x": x, "U": f.U, "S": f.S, "V": f.V, diagonal: d, "slot": slot, "bias": bias}
+    for name, value in named.items():
+        if not isinstance(value, Tensor) and (value is not None or name not in ("slot", "bias")):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}.")
     U, V = f.U, f.V
     if U.dim() != 2 or V.dim() != 2 or f.S.shape != U.shape[1:] or V.shape[1] != U.shape[1]:
@@ -116,8 +129,11 @@ def _check(
             f"{op}: {diagonal} must be {diag_dtype} (for x in {x.dtype}), got {d.dtype}. "
             "The diagonal stays in full precision; use effective_diagonal or .float()."
         )
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if not x.is_floating_point() or (U.dtype not in (x.dtype, torch.int8) and not autocast):
+    autocast = under_autocast(x)
+    if not x.is_floating_point():
+        wanted = torch.float32 if U.dtype == torch.int8 else U.dtype
+        raise TypeError(f"{op}: x must be floating point, got {x.dtype}. Use x.to({wanted}).")
+    if U.dtype not in (x.dtype, torch.int8) and not autocast:
         raise TypeError(
             f"{op}: x must have the factors' dtype {U.dtype}, got {x.dtype}. "
             f"Use x.to({U.dtype}) or decompose(weight, dtype={x.dtype})."
@@ -131,8 +147,8 @@ def _check(
             f"{op}: bias must have shape (m,) = ({m},) and dtype {x.dtype}, "
             f"got {_shape(bias)} in {bias.dtype}."
         )
-    for name, t in (("U", U), ("S", f.S), ("V", V), (diagonal, d), ("slot", slot), ("bias", bias)):
-        if isinstance(t, Tensor) and t.device != x.device:
+    for name, t in named.items():
+        if t is not None and t.device != x.device:
             raise ValueError(
                 f"{op}: all tensors must be on x's device {x.device}, {name} is on {t.device}."
             )
@@ -148,8 +164,6 @@ def _check(
     tokens = x.numel() // n if n else 0
     if d.dim() != 2:
         raise ValueError(f"{op}: with slot, {diagonal} must be (slots, r), got {_shape(d)}.")
-    if not isinstance(slot, Tensor):
-        raise TypeError(f"{op}: slot must be a torch.Tensor, got {type(slot).__name__}.")
     if slot.dtype != torch.int32:
         raise TypeError(f"{op}: slot must be torch.int32, got {slot.dtype}. Use slot.int().")
     if _shape(slot) != (tokens,):
@@ -253,7 +267,7 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     wants_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias)
     )
-    direct = not wants_grad and _plain_eager(x) and not torch.is_autocast_enabled(x.device.type)
+    direct = not wants_grad and _plain_eager(x) and not under_autocast(x)
     native = dispatch.load("native")
     if direct and native.linear_unavailable(x2, weight, bias) is None:
         y = native.linear(x2, weight, bias)
@@ -306,7 +320,11 @@ def svf_linear(
     """
     direct = _plain_eager(x) and isinstance(f, (SVDFactors, QuantizedFactors))
     known = _recall(f) if direct else None
-    if known is not None and _fits(known, x, f.U, d, slot, bias):
+    try:
+        fits = known is not None and _fits(known, x, f.U, d, slot, bias)
+    except AttributeError:  # bias is no tensor: _check says so
+        fits = False
+    if known is not None and fits:
         U, Vh, scale = f.U, known.Vh, known.scale
     else:
         _check("svf_linear", x, f, d, slot, bias, "d")
@@ -356,13 +374,19 @@ def svf_delta_linear(
     True
     """
     _check("svf_delta_linear", x, fk, dk, slot, bias, "dk")
+    if not isinstance(weight, Tensor):
+        got = type(weight).__name__
+        raise TypeError(f"svf_delta_linear: weight must be a torch.Tensor, got {got}.")
     m, n = fk.U.shape[0], fk.V.shape[0]
     if _shape(weight) != (m, n):
         raise ValueError(
             f"svf_delta_linear: weight must have shape (m, n) = ({m}, {n}) to match the factors, "
             f"got {_shape(weight)}."
         )
-    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if weight.device != x.device:
+        message = f"must be on x's device {x.device}, weight is on {weight.device}."
+        raise ValueError(f"svf_delta_linear: all tensors {message}")
+    if weight.dtype != x.dtype and not under_autocast(x):
         raise TypeError(f"svf_delta_linear: weight must be {x.dtype} like x, got {weight.dtype}.")
     U, Vh = layout(fk)
     scale = fk.scale if isinstance(fk, QuantizedFactors) else None
