@@ -40,6 +40,8 @@ class FactorStore:
 
     def __init__(self, path: StrPath, *, partial: bool = False) -> None:
         self.path = Path(path)
+        #: the names that the call of ``decompose_checkpoint`` which returned this object made
+        self.made: tuple[str, ...] = ()
         if not (self.path / MANIFEST).exists():
             raise FileNotFoundError(
                 f"{self.path} holds no {MANIFEST}. Make it with decompose_checkpoint()."

@@ -133,7 +133,9 @@ def decompose_checkpoint(
             manifest["weights"] = {name: entries[name] for name in order if name in entries}
             manifest["complete"] = len(manifest["weights"]) == len(order)
             write_json(folder / MANIFEST, manifest)
-    return FactorStore(folder)
+    store = FactorStore(folder)
+    store.made = tuple(weight.name for weight in pending)
+    return store
 
 
 def _decompose_one(

@@ -51,6 +51,8 @@ def test_typos_are_answered(
         (("generate", "a/b/c", "--prompt", "x"), "MODEL must be"),
         (("generate", "small", "--prompt", "x", "--classifier", "c.safetensors"), "--two-pass"),
         (("generate", "small"), "--prompt must be given"),
+        (("generate", "small", "--prompt", "x", "--max-new-tokens", "0"), "at least 1, got 0"),
+        (("generate", "small", "--prompt", "x", "--max-new-tokens", "-3"), "at least 1, got -3"),
         (("generate", "small", "--prompt", "x", "--expert", "f=big"), "FILE=WEIGHT"),
         (("train", "small", "--task", "add", "--out", "x.pt"), ".safetensors"),
         (("train", "small", "--task", "add", "--out", "x.safetensors", "--steps", "0"), "steps"),
@@ -144,6 +146,23 @@ def test_train_generate_inspect_decompose(
     )
     assert code == 0, err
     assert all(row["category"] in {"add", "other"} for row in json.loads(out)["outputs"])
+
+
+def test_what_decompose_did(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Weights that an earlier run made are not counted as work."""
+    store = tmp_path / "store"
+    words = ("decompose", "small", "--out", str(store), "--targets")
+    _, out, _ = call(capsys, *words, r".*layers\.0\.mlp.*")
+    assert "3 weights" in out and "s of decomposition" in out and "earlier" not in out
+    _, out, _ = call(capsys, *words, "mlp")
+    assert "12 weights" in out and "3 of them made earlier" in out
+    before = {path.name: path.stat().st_mtime_ns for path in store.glob("*.safetensors")}
+    code, out, _ = call(capsys, *words, "mlp")
+    assert code == 0 and out.startswith("nothing to do: 12 weights") and "decomposition" not in out
+    assert before == {path.name: path.stat().st_mtime_ns for path in store.glob("*.safetensors")}
+    code, out, _ = call(capsys, *words, "mlp", "--json")
+    result = json.loads(out)
+    assert (result["weights"], result["made"], result["seconds"]) == (12, 0, 0)
 
 
 def test_the_shipped_model_is_small() -> None:

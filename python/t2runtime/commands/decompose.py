@@ -28,8 +28,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "out": args.out,
         "weights": len(store),
+        "made": len(store.made),
         "bytes": sum(info["bytes"] for info in infos.values()),
-        "seconds": sum(info["seconds"] for info in infos.values()),
+        "seconds": sum(infos[name]["seconds"] for name in store.made),
         "accuracy": {name: info["accuracy"] for name, info in infos.items()},
         "skipped": store.manifest["skipped"],
     }
@@ -37,10 +38,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> str:
     """Totals, and what was left out."""
-    lines = [
-        f"{result['weights']} weights, {result['bytes'] / 2**20:.1f} MiB of factors "
-        f"in {result['out']}, "
-        f"{result['seconds']:.1f} s of decomposition"
-    ]
+    total = f"{result['weights']} weights, {result['bytes'] / 2**20:.1f} MiB of factors"
+    earlier = result["weights"] - result["made"]
+    if not result["made"]:
+        lines = [f"nothing to do: {total} are in {result['out']} already"]
+    else:
+        kept = f"; {earlier} of them made earlier" if earlier else ""
+        lines = [f"{total} in {result['out']}, {result['seconds']:.1f} s of decomposition{kept}"]
     lines += [f"  left out {name}: {reason}" for name, reason in result["skipped"].items()]
     return "\n".join(lines)

@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Load, convert, fill the bank with the files given (named after them), generate."""
     if not args.prompt:
         raise ValueError("--prompt must be given at least once")
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
     weights: dict[str, float] = {}
     experts: dict[str, Any] = {}
     for path, weight in map(parse_expert, args.expert):
