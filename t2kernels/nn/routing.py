@@ -248,7 +248,12 @@ def _inside_backward() -> bool:
 
 
 def _cache_key(route: Route) -> object:
-    """What the keys and values written now depend on: the plan, the merge, the layers' own z."""
+    """What the keys and values written now depend on: the plan, the merge, the layers' own z.
+
+    Own z are known by their place and their version, which every write in place raises but one
+    through ``.data``: after ``layer.z.data.fill_(...)`` a cache passes for what it was. Write to z
+    under ``torch.no_grad()``, or start a new cache. Values would cost a wait for the GPU a call.
+    """
     if route.merged is not None:
         return ("merged", route.merged)
     if route.plan is not None:
