@@ -92,7 +92,7 @@ class Plan:
                 "convert, pass slot=, or say row_order='batch' if each request owns equally many "
                 "rows, in order."
             )
-        # A compiler takes the number for a constant of the graph, a size of a tensor for a variable.
+        # To a compiler the number is a constant of the graph, the size of a tensor a variable.
         requests = self.rows.shape[0] if torch.compiler.is_compiling() else self.requests
         if rows % requests:
             raise ValueError(
@@ -275,13 +275,13 @@ def _watch_model_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     if torch.compiler.is_compiling():
         return
     plan = route.plan
-    if route.batch is not None and plan is not None and plan.slot is None:
-        if len(route.batch) % plan.requests:
-            raise ValueError(
-                f"ExpertBank.use: the routing names {plan.requests} requests, but the model was "
-                f"called with a batch of {len(route.batch)}. Name one entry per row of the batch "
-                "(beams and return sequences repeat rows in order)."
-            )
+    rows = 0 if route.batch is None else len(route.batch)
+    if plan is not None and plan.slot is None and rows % plan.requests:
+        raise ValueError(
+            f"ExpertBank.use: the routing names {plan.requests} requests, but the model was "
+            f"called with a batch of {rows}. Name one entry per row of the batch "
+            "(beams and return sequences repeat rows in order)."
+        )
     caches = [item for item in (*args, *kwargs.values()) if _is_cache(item)]
     if not caches:
         return
