@@ -1,18 +1,32 @@
-"""Three ways to decide z' in pass 1: ask the base model, ask a classification expert, or search
-with a few shots.
+"""Ways to decide z' in pass 1: ask the base model, ask a classification expert, or find a mixture
+with a few shots; beyond the paper a router network and a record of past performance.
 """
 
-from t2runtime.adapt.cem import CEMResult, cross_entropy_method
+from t2runtime.adapt.cem import SearchResult, cross_entropy_method
 from t2runtime.adapt.classifier import train_classifier
-from t2runtime.adapt.fewshot import FewShot, search
+from t2runtime.adapt.fewshot import FewShot, Space, search
+from t2runtime.adapt.gradient import gradient_ascent
+from t2runtime.adapt.mixtures import TaskMixture, load_mixture, load_mixtures, save_mixture
 from t2runtime.adapt.prompt import Categories, name_categories
+from t2runtime.adapt.search import cma_es, random_search
+from t2runtime.adapt.shots import gain, held_out
 
 __all__ = [
-    "CEMResult",
     "Categories",
     "FewShot",
+    "SearchResult",
+    "Space",
+    "TaskMixture",
+    "cma_es",
     "cross_entropy_method",
+    "gain",
+    "gradient_ascent",
+    "held_out",
+    "load_mixture",
+    "load_mixtures",
     "name_categories",
+    "random_search",
+    "save_mixture",
     "search",
     "train_classifier",
 ]

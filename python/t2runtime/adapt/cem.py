@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class CEMResult:
-    """The best vector ever scored, its score, and the best score after each generation."""
+class SearchResult:
+    """The best vector ever scored (size,), its score, and the best score after each generation."""
 
     best: Tensor
     score: tuple[float, ...]
@@ -31,53 +31,80 @@ def cross_entropy_method(
     high: float = 1.0,
     std: float = 0.5,
     std_floor: float = 0.05,
+    mean: float | None = None,
     start: Tensor | None = None,
     seed: int = 0,
-) -> CEMResult:
+) -> SearchResult:
     """Maximise `score`: (members, size) -> (members,) or (members, keys), compared key by key.
 
     Each generation samples from a Gaussian, clamps to [low, high] and refits mean and deviation
     to the elites; the best member is kept from generation to generation. The mean starts at
-    1/size as in the authors' code. NOTE(paper): `start` (members, size) puts chosen vectors into
-    the first generation.
+    `mean`, by default 1/size as in the authors' code. NOTE(paper): `start` (members, size) puts
+    chosen vectors into the first generation.
 
     >>> target = torch.tensor([0.2, 0.9])
     >>> found = cross_entropy_method(lambda a: -((a - target) ** 2).sum(1), 2)
     >>> bool((found.best - target).abs().max() < 0.05)
     True
     """
-    if size < 1 or generations < 1:
-        raise ValueError(f"size and generations must be at least 1, got {size} and {generations}")
+    kept = check(size, population, generations, low, high, start)
     if not 2 <= elites <= population:
         raise ValueError(f"elites must be in 2..population = {population}, got {elites}")
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.full((size,), 1.0 / size if mean is None else mean).clamp(low, high)
+    deviation = torch.full((size,), std)
+    best = Best()
+    for _ in range(generations):
+        fresh = centre + deviation * torch.randn(population - len(kept), size, generator=generator)
+        members = torch.cat([kept, fresh.clamp(low, high)])
+        elite = members[best.rank(members, score(members))[:elites]]
+        centre, deviation = elite.mean(0), elite.std(0).clamp(min=std_floor)
+        kept = best.member[None]
+    return best.result()
+
+
+def check(
+    size: int, population: int, generations: int, low: float, high: float, start: Tensor | None
+) -> Tensor:
+    """`start` within the range, (0, size) where it is None; ValueError for bad settings."""
+    if size < 1 or generations < 1 or population < 1:
+        raise ValueError(
+            "size, population and generations must be at least 1, "
+            f"got {size}, {population} and {generations}"
+        )
     if not low < high:
         raise ValueError(f"low must be below high, got {low} and {high}")
-    generator = torch.Generator().manual_seed(seed)
-    mean = torch.full((size,), 1.0 / size).clamp(low, high)
-    deviation = torch.full((size,), std)
     kept = torch.empty(0, size) if start is None else start.float().clamp(low, high)
     if kept.dim() != 2 or kept.shape[1] != size or kept.shape[0] >= population:
         raise ValueError(
             f"start must have shape (fewer than {population}, {size}), got {tuple(kept.shape)}"
         )
-    history: list[tuple[float, ...]] = []
-    best, best_key = mean, (-float("inf"),)
-    for _ in range(generations):
-        fresh = mean + deviation * torch.randn(population - len(kept), size, generator=generator)
-        members = torch.cat([kept, fresh.clamp(low, high)])
-        scores = score(members).cpu().double()
+    return kept
+
+
+class Best:
+    """The best member that a search has met; of equal ones the first."""
+
+    def __init__(self) -> None:
+        self.member, self.key = torch.empty(0), (-float("inf"),)
+        self.history: list[tuple[float, ...]] = []
+
+    def rank(self, members: Tensor, scores: Tensor) -> list[int]:
+        """The members' indices, best first; RuntimeError for scores that are not finite rows."""
+        scores = scores.cpu().double()
         scores = scores[:, None] if scores.dim() == 1 else scores
-        if scores.shape[0] != population or not bool(torch.isfinite(scores).all()):
+        if scores.shape[0] != len(members) or not bool(torch.isfinite(scores).all()):
             raise RuntimeError(
-                f"score must give {population} finite rows, got shape {tuple(scores.shape)} "
+                f"score must give {len(members)} finite rows, got shape {tuple(scores.shape)} "
                 "or a value that is not finite"
             )
         keys = [tuple(row) for row in scores.tolist()]
-        order = sorted(range(population), key=lambda i: keys[i], reverse=True)
-        if keys[order[0]] > best_key:
-            best, best_key = members[order[0]].clone(), keys[order[0]]
-        history.append(best_key)
-        elite = members[order[:elites]]
-        mean, deviation = elite.mean(0), elite.std(0).clamp(min=std_floor)
-        kept = best[None]
-    return CEMResult(best, best_key, history)
+        order = sorted(range(len(keys)), key=lambda i: keys[i], reverse=True)
+        if keys[order[0]] > self.key:
+            self.member, self.key = members[order[0]].clone(), keys[order[0]]
+        self.history.append(self.key)
+        return order
+
+    def result(self) -> SearchResult:
+        """What was found."""
+        return SearchResult(self.member, self.key, self.history)

@@ -1,36 +1,146 @@
-"""Pass 1 by few shots: the cross-entropy method finds one weight per expert on a few labelled
-prompts.
+"""Pass 1 by few shots: a search finds the weights of experts on a few labelled prompts.
 
-The whole population is one batch: member p and shot s make a row, and the row's mixture is member
-p.
+The whole population is one batch: member p and shot s make a row, and the rows of member p are
+computed under its mixture, each group of rows under its own.
+
+A forward is one row of a batch: a shot answered under a member is one, its right answer's
+likelihood another, and a row of backpropagation a third. A search states its budget of forwards
+before it starts and never goes beyond it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from t2runtime.adapt.cem import CEMResult, cross_entropy_method
-from t2runtime.generation import answer_log_probs, complete, forced
+import t2kernels as t2k
+from t2runtime.adapt.cem import SearchResult
+from t2runtime.adapt.mixtures import TaskMixture, Weights, hashes
+from t2runtime.adapt.search import SEARCHES, black_box
+from t2runtime.adapt.shots import Batches, log_likelihood, without_shots
+from t2runtime.generation import complete
 from t2runtime.tasks import EXACT, Grader, Problem
+
+Per = Literal["expert", "layer"]
+METHODS = (*SEARCHES, "gradient")
+#: A shot under a member is answered once, and its right answer is scored once.
+FORWARDS_PER_SHOT = 2
+
+__all__ = [
+    "METHODS", "FewShot", "Space", "check_shots", "score_members", "search", "without_shots",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is searched: one weight per expert, or one per expert and layer (matrix).
+
+    names: experts of the bank. A member is a vector (size,).
+    """
+
+    bank: t2k.ExpertBank
+    names: tuple[str, ...]
+    per: Per = "expert"
+
+    def __post_init__(self) -> None:
+        if self.per not in ("expert", "layer"):
+            raise ValueError(f"per must be 'expert' or 'layer', got {self.per!r}")
+        if not len(self.bank):
+            raise ValueError("the bank is empty: add the experts that may be mixed first")
+        missing = [name for name in self.names if name not in self.bank]
+        if missing or not self.names:
+            raise ValueError(
+                f"names must be experts of the bank ({', '.join(self.bank.names)}), "
+                f"got {', '.join(missing) or 'none'}"
+            )
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"names must be distinct, got {', '.join(self.names)}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(K,), or (L, K), of a member; K counts `names`."""
+        layers = (len(self.bank.layers),) if self.per == "layer" else ()
+        return (*layers, len(self.names))
+
+    @property
+    def size(self) -> int:
+        """Numbers in a member."""
+        return torch.Size(self.shape).numel()
+
+    def alpha(self, members: Tensor) -> Tensor:
+        """(members, size) -> alpha over all experts of the bank, for `bank.use`; differentiable."""
+        rows = members.reshape(-1, *self.shape)
+        index = torch.tensor([self.bank.names.index(name) for name in self.names])
+        whole = rows.new_zeros(*rows.shape[:-1], len(self.bank.names))
+        return whole.index_copy(-1, index.to(rows.device), rows)
+
+    def landmarks(self) -> Tensor:
+        """The base, all experts at full weight, and each expert alone: (2 + K, size)."""
+        count = len(self.names)
+        rows = torch.cat([torch.zeros(1, count), torch.ones(1, count), torch.eye(count)])
+        return rows if self.per == "expert" else rows.repeat(1, len(self.bank.layers))
+
+    def weights(self, member: Tensor) -> Weights:
+        """A member as {expert: weight} or {layer: {expert: weight}}; weights of 0 are left out."""
+        if self.per == "expert":
+            return _named(self.names, member)
+        rows = member.reshape(self.shape)
+        return {n: _named(self.names, row) for n, row in zip(self.bank.layers, rows, strict=True)}
+
+
+def _named(names: Sequence[str], row: Tensor) -> dict[str, float]:
+    return {name: w for name, w in zip(names, row.tolist(), strict=True) if w != 0}
 
 
 @dataclass(frozen=True)
 class FewShot:
-    """A found mixture {expert: weight}, and the search that found it."""
+    """Found weights, {expert: weight} or {layer: {expert: weight}}, and the search that found them.
 
-    mixture: dict[str, float]
-    search: CEMResult
+    `forwards` were used of the `budget`; `score` is (accuracy on the shots, mean log-likelihood of
+    their right answers).
+    """
+
+    weights: Weights
+    search: SearchResult
+    space: Space
+    method: str
+    seed: int
+    forwards: int
+    budget: int
+
+    @property
+    def mixture(self) -> dict[str, float]:
+        """{expert: weight}; ValueError where every layer has its own, see `alpha`."""
+        if self.space.per != "expert":
+            raise ValueError("every layer has weights of its own: use alpha, or weights")
+        return dict(self.weights)  # type: ignore[arg-type]
+
+    @property
+    def alpha(self) -> Tensor:
+        """(K,) or (L, K) over all experts of the bank."""
+        return self.space.alpha(self.search.best[None])[0]
+
+    def saved(self, task: str, **facts: Any) -> TaskMixture:
+        """As `save_mixture` takes it, tied to these very experts."""
+        accuracy, likelihood = self.search.score
+        experts = hashes(self.space.bank, list(self.space.names))
+        score = {"accuracy": accuracy, "log_likelihood": likelihood}
+        return TaskMixture(
+            task, self.weights, experts, self.method, self.seed, self.forwards, score, facts
+        )
 
 
-def without_shots(problems: Sequence[Problem], shots: Sequence[Problem]) -> list[Problem]:
-    """The problems that were not used as shots: only these may be in a reported score."""
-    used = {shot.prompt for shot in shots}
-    return [problem for problem in problems if problem.prompt not in used]
+def check_shots(shots: Sequence[Problem]) -> None:
+    """Raise unless there is a shot and each has an answer."""
+    if not shots:
+        raise ValueError("shots must hold at least one labelled problem, got none")
+    for shot in shots:
+        if not shot.answer:
+            raise ValueError(f"shots must have right answers, got none for {shot.prompt!r:.60}")
 
 
 @torch.no_grad()
@@ -43,24 +153,28 @@ def score_members(
     members: Tensor,
     max_new_tokens: int,
     grader: Grader = EXACT,
+    *,
+    per: Per = "expert",
+    batches: Batches | None = None,
+    chat: str = "auto",
 ) -> Tensor:
     """(members, 2): accuracy on the shots, then the mean log-likelihood of the right answers
-    (breaks ties).
+    (breaks ties). members: (members, K), with per="layer" (members, L * K), over `names`.
     """
-    alpha = torch.zeros(len(members), len(bank.names))
-    alpha[:, [bank.names.index(name) for name in names]] = members
-    rows = alpha.repeat_interleave(len(shots), 0).to(model.device)
-    prompts = [shot.prompt for shot in shots] * len(members)
-    answers = [shot.answer for shot in shots] * len(members)
-    with bank.use(rows):
-        texts = complete(model, tokenizer, prompts, max_new_tokens).texts
-        given = forced(tokenizer, prompts, answers, model)
-        log_probs = answer_log_probs(model, given)
-    right = grader.grade(list(shots) * len(members), texts)
-    chosen = log_probs.gather(-1, given.new_ids[..., None])[..., 0] * given.sampled
-    likelihood = chosen.sum(1).view(len(members), len(shots)).mean(1)
-    accuracy = torch.tensor(right, dtype=torch.float64).view(len(members), len(shots)).mean(1)
-    return torch.stack([accuracy, likelihood.double().cpu()], 1)
+    alpha = Space(bank, tuple(names), per).alpha(members.to(model.device))
+
+    def work(part: slice, few: slice) -> Tensor:
+        group = alpha[part]
+        asked = list(shots[few]) * len(group)
+        with bank.use(group):  # a member's rows follow each other
+            prompts = [shot.prompt for shot in asked]
+            texts = complete(model, tokenizer, prompts, max_new_tokens, chat=chat).texts
+            likely = log_likelihood(model, tokenizer, asked, chat).double().cpu()
+        right = torch.tensor(grader.grade(asked, texts)) > 0
+        return torch.stack([right.double(), likely], 1).view(len(group), -1, 2)
+
+    found = (batches or Batches()).run(len(members), len(shots), work)
+    return found.mean(1)
 
 
 def search(
@@ -71,38 +185,74 @@ def search(
     shots: Sequence[Problem],
     max_new_tokens: int,
     *,
+    method: str = "cem",
+    per: Per = "expert",
     population: int = 32,
     elites: int = 6,
     generations: int = 10,
+    budget: int | None = None,
+    rows_per_batch: int | None = None,
+    low: float = 0.0,
+    high: float = 1.0,
+    l1: float = 0.0,
+    l2: float = 0.0,
     grader: Grader = EXACT,
     seed: int = 0,
+    chat: str = "auto",
 ) -> FewShot:
-    """Search alpha in [0, 1]^K, so that every expert at full weight at once is within reach.
+    """Search alpha in [low, high], which must hold 0 and 1, so that the base and every expert at
+    full weight at once are within reach.
 
-    `names` are the experts of the bank that may take part. NOTE(paper): the first generation also
-    holds the base, each expert alone and all of them at full weight, which few random members
-    would come near.
+    method: "cem", "cma-es" (package cmaes), "random", or "gradient" (see `gradient_ascent`), all
+    from the same landmarks. names: the experts of the bank that may take part. budget: forwards at
+    most (default: what `generations` of `population` take); it decides the generations, or the
+    steps of the gradient. rows_per_batch: default all rows at once. l1, l2: for the gradient, which
+    they draw to 0. NOTE(paper): the first generation also holds the base, each expert alone and all
+    of them at full weight, which few random members would come near.
+
+    Raises ValueError for no shots, unknown names, an empty bank, a range without 0 and 1, and a
+    budget that does not suffice for one generation.
     """
-    if not shots:
-        raise ValueError("shots must hold at least one labelled problem, got none")
-    missing = [name for name in names if name not in bank.names]
-    if missing or not names:
-        raise ValueError(
-            f"names must be experts of the bank ({', '.join(bank.names) or 'empty'}), "
-            f"got {', '.join(missing) or 'none'}"
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if not low <= 0 < 1 <= high:
+        raise ValueError(f"low..high must hold 0 (the base) and 1, got {low}..{high}")
+    check_shots(shots)
+    space = Space(bank, tuple(names), per)
+    batches = Batches(rows_per_batch)
+    forwards = 0
+
+    def score(members: Tensor) -> Tensor:
+        nonlocal forwards
+        forwards += FORWARDS_PER_SHOT * len(shots) * len(members)
+        return score_members(
+            model, tokenizer, bank, names, shots, members, max_new_tokens, grader, per=per,
+            batches=batches, chat=chat,
+        )  # fmt: skip
+
+    each = FORWARDS_PER_SHOT * len(shots) * population
+    budget = each * generations if budget is None else budget
+    if method == "gradient":
+        from t2runtime.adapt.gradient import gradient_ascent
+
+        found, used = gradient_ascent(
+            model, tokenizer, space, shots, score, budget=budget, low=low, high=high, l1=l1, l2=l2,
+            seed=seed, batches=batches, chat=chat,
+        )  # fmt: skip
+        return FewShot(
+            space.weights(found.best), found, space, method, seed, forwards + used, budget
         )
-    size = len(names)
-    landmarks = torch.cat([torch.zeros(1, size), torch.eye(size), torch.ones(1, size)])
-    found = cross_entropy_method(
-        lambda members: score_members(
-            model, tokenizer, bank, names, shots, members, max_new_tokens, grader
-        ),
-        size,
-        population=population,
-        elites=elites,
-        generations=generations,
-        start=landmarks[: population - 1],
-        seed=seed,
-    )
-    mixture = dict(zip(names, found.best.tolist(), strict=True))
-    return FewShot({name: weight for name, weight in mixture.items() if weight > 0}, found)
+    if l1 or l2:
+        raise ValueError(f"l1 and l2 are for method='gradient', got them with {method!r}")
+    if budget < each:
+        raise ValueError(
+            f"budget must be at least {each} forwards, one generation of {population} members "
+            f"x {len(shots)} shots x {FORWARDS_PER_SHOT}, got {budget}. Raise it or lower the population"
+        )
+    own: dict[str, Any] = {"elites": elites} if method == "cem" else {}
+    found = black_box(
+        method, score, space.size, population=population, generations=budget // each, low=low,
+        high=high, mean=1 / len(names) if method == "cem" else None,
+        start=space.landmarks()[: population - 1], seed=seed, **own,
+    )  # fmt: skip
+    return FewShot(space.weights(found.best), found, space, method, seed, forwards, budget)

@@ -1,0 +1,154 @@
+"""Shots: the labelled problems that a mixture is found from, how likely their answers are, and
+which problems are left to be scored.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from t2runtime.evaluate import Score, evaluate
+from t2runtime.generation import forced, token_log_probs
+from t2runtime.tasks import Grader, Problem
+
+logger = logging.getLogger(__name__)
+OnLeak = Literal["remove", "error"]
+
+
+def same_question(problem: Problem) -> str:
+    """What two problems share that count as one question: the prompt, runs of spaces and case
+    aside.
+
+    >>> same_question(Problem(" What is  2+2? ", "4", "add"))
+    'what is 2+2?'
+    """
+    return " ".join(problem.prompt.split()).casefold()
+
+
+def leaked(problems: Sequence[Problem], shots: Sequence[Problem]) -> list[int]:
+    """Indices of the problems that are shots."""
+    used = {same_question(shot) for shot in shots}
+    return [index for index, problem in enumerate(problems) if same_question(problem) in used]
+
+
+def held_out(
+    problems: Sequence[Problem], shots: Sequence[Problem], on_leak: OnLeak = "remove"
+) -> tuple[list[Problem], int]:
+    """(the problems that are no shots, how many were): only these may be in a reported score.
+
+    With on_leak="error" a shot among the problems is a ValueError instead; so is nothing left.
+    """
+    if on_leak not in ("remove", "error"):
+        raise ValueError(f"on_leak must be 'remove' or 'error', got {on_leak!r}")
+    found = set(leaked(problems, shots))
+    if found and on_leak == "error":
+        first = problems[min(found)].prompt
+        raise ValueError(
+            f"{len(found)} of {len(problems)} problems to be scored are shots, first {first!r:.60}."
+            " Take shots of another split, or say on_leak='remove' to score the others only"
+        )
+    rest = [problem for index, problem in enumerate(problems) if index not in found]
+    if not rest:
+        raise ValueError(
+            f"problems must hold at least one that is no shot, all of {len(problems)} are shots"
+        )
+    return rest, len(found)
+
+
+def without_shots(problems: Sequence[Problem], shots: Sequence[Problem]) -> list[Problem]:
+    """The problems that were not used as shots."""
+    return held_out(problems, shots)[0]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Base and mixture on the same problems; `leaked` shots among them were left out."""
+
+    base: Score
+    mixture: Score
+    leaked: int
+
+
+def gain(
+    model: Any,
+    tokenizer: Any,
+    bank: Any,
+    alpha: Tensor,
+    problems: Sequence[Problem],
+    shots: Sequence[Problem],
+    max_new_tokens: int,
+    grader: Grader,
+    *,
+    on_leak: OnLeak = "remove",
+    rows: int = 256,
+    chat: str = "auto",
+) -> Gain:
+    """Greedy accuracy of the base and of one mixture, alpha (K,) or (L, K) in the bank's order, on
+    the problems that are no shots.
+    """
+    rest, out = held_out(problems, shots, on_leak)
+    reached = []
+    for routing in (None, alpha[None]):
+        with bank.use(routing):
+            reached.append(
+                evaluate(model, tokenizer, grader, rest, max_new_tokens, rows=rows, chat=chat)
+            )
+    return Gain(reached[0], reached[1], out)
+
+
+def log_likelihood(
+    model: Any, tokenizer: Any, problems: Sequence[Problem], chat: str = "auto"
+) -> Tensor:
+    """log p(right answer, end token included | prompt) of each row (rows,), fp32, under whatever
+    is in force around the call; differentiable.
+    """
+    given = forced(
+        tokenizer, [p.prompt for p in problems], [p.answer for p in problems], model, chat
+    )
+    return (token_log_probs(model, given) * given.sampled).sum(1)
+
+
+class Batches:
+    """How many rows are computed at once: the whole population, or `rows` (at least one member's
+    share of one shot), halved for good whenever the device's memory does not hold them.
+    """
+
+    def __init__(self, rows: int | None = None) -> None:
+        if rows is not None and rows < 1:
+            raise ValueError(f"rows_per_batch must be at least 1, got {rows}")
+        self.rows = rows
+
+    def parts(self, members: int, shots: int) -> Iterator[tuple[slice, slice]]:
+        """(members, shots) that make up one batch, until all have been in one."""
+        rows = members * shots if self.rows is None else self.rows
+        some, few = max(1, rows // shots), min(rows, shots)
+        for start in range(0, members, some):
+            for shot in range(0, shots, few):
+                yield slice(start, start + some), slice(shot, shot + few)
+
+    def run(self, members: int, shots: int, work: Callable[[slice, slice], Tensor]) -> Tensor:
+        """work(members, shots) -> (members, shots, keys) of every part, put together."""
+        while True:
+            found: Tensor | None = None
+            try:
+                for part, few in self.parts(members, shots):
+                    made = work(part, few)
+                    if found is None:
+                        found = made.new_empty(members, shots, made.shape[-1])
+                    found[part, few] = made
+                if found is None:
+                    raise ValueError("there must be at least one member and one shot, got none")
+                return found
+            except torch.OutOfMemoryError:
+                rows = members * shots if self.rows is None else self.rows
+                if rows == 1:
+                    raise
+                self.rows = rows // 2
+                logger.warning(
+                    "%d rows do not fit into memory; going on with %d a batch", rows, self.rows
+                )

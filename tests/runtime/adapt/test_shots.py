@@ -1,0 +1,49 @@
+"""Shots never count in a score, and leaks are seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import t2kernels as t2k
+from t2runtime.adapt.shots import gain, held_out, leaked, log_likelihood
+from t2runtime.generation import answer_log_probs, forced
+from t2runtime.tasks import EXACT, Problem
+
+NEW = 3
+
+
+def test_a_leak_is_seen_through_spaces_and_case() -> None:
+    problems = [Problem(p, "1", "x") for p in ("one =", "Two  =", "three =")]
+    shots = [Problem(" two =\n", "2", "x"), Problem("four =", "2", "x")]
+    assert leaked(problems, shots) == [1]
+    assert held_out(problems, shots) == ([problems[0], problems[2]], 1)
+    with pytest.raises(ValueError, match="1 of 3 problems to be scored are shots, first 'Two  ='"):
+        held_out(problems, shots, "error")
+    with pytest.raises(ValueError, match="all of 1 are shots"):
+        held_out(problems[1:2], shots)
+    with pytest.raises(ValueError, match="on_leak must be"):
+        held_out(problems, shots, "ignore")  # type: ignore[arg-type]
+
+
+def test_base_and_mixture_are_scored_on_the_same_rest(
+    bank: t2k.ExpertBank, tokenizer: Any, shots: list[Problem]
+) -> None:
+    more = [*shots, Problem("9+9=", "?", "x")]
+    found = gain(bank.model, tokenizer, bank, torch.ones(2), more, shots[:1], NEW, EXACT)
+    assert found.leaked == 1 and found.base.total == found.mixture.total == 4
+    assert found.mixture.right == 3, "all shots but the one left out; the last has no right answer"
+
+
+def test_log_likelihood_is_that_of_the_answer_and_its_end(
+    bank: t2k.ExpertBank, tokenizer: Any, shots: list[Problem]
+) -> None:
+    with torch.no_grad():
+        found = log_likelihood(bank.model, tokenizer, shots)
+        for shot, value in zip(shots, found, strict=True):
+            given = forced(tokenizer, [shot.prompt], [shot.answer], bank.model)
+            table = answer_log_probs(bank.model, given)[0]
+            alone = table.gather(-1, given.new_ids[0][:, None]).sum()
+            assert float(value) == pytest.approx(float(alone), abs=1e-4)
