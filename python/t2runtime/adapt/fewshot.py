@@ -247,7 +247,8 @@ def search(
     if budget < each:
         raise ValueError(
             f"budget must be at least {each} forwards, one generation of {population} members "
-            f"x {len(shots)} shots x {FORWARDS_PER_SHOT}, got {budget}. Raise it or lower the population"
+            f"x {len(shots)} shots x {FORWARDS_PER_SHOT}, got {budget}. "
+            "Raise it or lower the population"
         )
     own: dict[str, Any] = {"elites": elites} if method == "cem" else {}
     found = black_box(

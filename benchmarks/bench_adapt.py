@@ -1,0 +1,266 @@
+"""Measure one generation of a few-shot search against a merge, and a reload, for each member.
+
+    python benchmarks/bench_adapt.py                       # 32 members x 10 shots, the small model
+    python benchmarks/bench_adapt.py --layers 12 --hidden 768 --json out.json
+
+A generation answers every shot under every member (a mixture of experts), greedily, and computes
+the likelihood of every right answer. Ours makes it one batch in which each member's rows are
+computed under its own mixture. "merge" writes each member into the weights by `bank.merge`, then
+answers its shots. "public scheme" is that of the authors' public code: rebuild every adapted W'
+from its factors, then load all weights into the model that generates. (Their nuclear norm factor
+is left out, so that all forms have the same weights; so is what their engine costs to start.)
+
+Everything around is equal: model, mixtures, shots, generation, machine, process. The forms take
+turns; their answers must be equal, and their likelihoods agree, or nothing is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+# Also where Python leaves the script's own folder out of its path (-P, PYTHONSAFEPATH).
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+try:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import t2kernels as t2k
+    from t2runtime import tasks
+    from t2runtime.adapt.fewshot import Space
+    from t2runtime.adapt.shots import Batches, log_likelihood
+    from t2runtime.demo.local_model import random_experts
+    from t2runtime.generation import complete
+    from t2runtime.loading import load
+except ImportError as error:
+    sys.exit(f"bench_adapt: {error}. Run it with the Python that t2kernels[hf] is installed in.")
+
+from ceilings import environment
+from harness import Contestant, CpuTimer, Refused, Samples, measure, ratio
+from results import SCHEMA, write
+from torch import Tensor
+
+EXPERTS = 4
+OURS = "one batch"
+GOALS = (("merge", 3.0), ("public scheme", 8.0))
+# Nats of a whole answer, in fp32 over some ten layers.
+_TOLERANCE = 1e-2
+
+Answers = tuple[list[str], Tensor]  # of every member and shot: text, likelihood of the right answer
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="bench_adapt", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--members", type=int, default=32, help="of the population (32)")
+    add("--shots", type=int, default=10, help="labelled prompts (10)")
+    add("--new-tokens", type=int, default=8, help="of an answer, at most (8)")
+    add("--rows", type=int, nargs="+", default=[80], help="also with so many rows a batch (80)")
+    add("--layers", type=int, help="a random Llama of so many layers instead of the small model")
+    add("--hidden", type=int, default=768, help="its width (768)")
+    add("--seconds", type=float, default=60.0, help="for each form (60)")
+    add("--threads", type=int, help="default: torch's own")
+    add("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
+    return parser
+
+
+class Generation:
+    """One population on a model, in each form."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.model, self.tokenizer = load("small", "float32", "cpu")
+        if args.layers is not None:
+            self.model = make_model(args.layers, args.hidden, len(self.tokenizer))
+        self.plain = copy.deepcopy(self.model)  # the public scheme's: weights only
+        t2k.convert(self.model, progress=False)
+        self.bank = t2k.ExpertBank(self.model)
+        for name, expert in random_experts(self.model, EXPERTS, 0).items():
+            self.bank.add(name, expert)
+        self.shots = tasks.problems("add", args.shots, "validation")
+        self.new_tokens = args.new_tokens
+        drawn = torch.Generator().manual_seed(1)
+        self.members = torch.rand(args.members, EXPERTS, generator=drawn)
+        self.alpha = Space(self.bank, tuple(self.bank.names)).alpha(self.members)
+        layers = t2k.svf_layers(self.model)
+        self.factors = {name: layer.factors for name, layer in layers.items()}
+        self.weights = {n: p.detach().clone() for n, p in self.plain.state_dict().items()}
+
+    def _answer(self, model: Any, members: int, shots: slice = slice(None)) -> Answers:
+        asked = self.shots[shots] * members
+        prompts = [shot.prompt for shot in asked]
+        texts = complete(model, self.tokenizer, prompts, self.new_tokens).texts
+        with torch.no_grad():
+            return texts, log_likelihood(model, self.tokenizer, asked)
+
+    def one_batch(self, rows: int | None = None) -> Answers:
+        """Ours: `rows` at once, by default all."""
+        texts: list[str] = []
+        likely = []
+        for part, few in Batches(rows).parts(len(self.members), len(self.shots)):
+            group = self.alpha[part]
+            with self.bank.use(group):
+                some, values = self._answer(self.model, len(group), few)
+            texts += some
+            likely.append(values)
+        return texts, torch.cat(likely)
+
+    def merged(self) -> Answers:
+        """`bank.merge` for each member."""
+        texts: list[str] = []
+        likely = []
+        try:
+            for member in self.members.tolist():
+                self.bank.merge(dict(zip(self.bank.names, member, strict=True)))
+                some, values = self._answer(self.model, 1)
+                texts += some
+                likely.append(values)
+        finally:
+            self.bank.unmerge()
+        return texts, torch.cat(likely)
+
+    @torch.no_grad()
+    def reloaded(self) -> Answers:
+        """Every W' rebuilt, then all weights loaded, for each member."""
+        texts: list[str] = []
+        likely = []
+        experts = [self.bank[name] for name in self.bank.names]
+        for member in self.members:
+            new = dict(self.weights)
+            for name, f in self.factors.items():
+                z = t2k.mix(torch.stack([e.z[name] for e in experts]), member[None])[0]
+                new[f"{name}.weight"] = (f.U * (f.S * z)) @ f.V.T
+            self.plain.load_state_dict(new)
+            some, values = self._answer(self.plain, 1)
+            texts += some
+            likely.append(values)
+        return texts, torch.cat(likely)
+
+
+def make_model(layers: int, hidden: int, vocabulary: int) -> LlamaForCausalLM:
+    """A Llama with random weights, fp32."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32,
+        vocab_size=vocabulary, tie_word_embeddings=True, max_position_embeddings=64,
+        initializer_range=0.1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def gate(name: str, found: Answers, want: Answers) -> float:
+    """The largest difference of a likelihood; Refused where an answer differs."""
+    differ = sum(a != b for a, b in zip(found[0], want[0], strict=True))
+    if differ:
+        raise Refused(f"{name}: {differ} of {len(want[0])} answers differ")
+    worst = float((found[1] - want[1]).abs().max())
+    if not worst <= _TOLERANCE:
+        raise Refused(f"{name}: a likelihood differs by {worst:.2e} nats, allowed {_TOLERANCE:g}")
+    return worst
+
+
+def measure_forms(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for every form; the speed-up of ours over it, with its interval."""
+    generation = Generation(args)
+    forms: dict[str, Callable[[], Answers]] = {
+        OURS: generation.one_batch,
+        **{f"{n} rows a batch": partial(generation.one_batch, n) for n in args.rows},
+        "merge": generation.merged,
+        "public scheme": generation.reloaded,
+    }
+    want = generation.reloaded()
+    errors = {name: gate(name, form(), want) for name, form in forms.items()}
+    parameters = sum(p.numel() for p in generation.plain.parameters())
+    print(
+        f"{parameters / 1e6:.1f} M parameters, {args.members} members x {args.shots} shots, "
+        f"{args.new_tokens} new tokens at most; {len(set(want[0]))} distinct answers, equal in all "
+        "forms",
+        flush=True,
+    )
+
+    def call(form: Callable[[], Answers], _: int) -> Tensor:
+        form()
+        return torch.empty(0)
+
+    contestants = [
+        Contestant(name, 1, partial(call, form), _no_formula, 0, 0) for name, form in forms.items()
+    ]
+    samples = measure(contestants, CpuTimer(1), seconds=args.seconds)
+    by_name = {name: samples[index] for index, name in enumerate(forms)}
+    return [_row(name, own, by_name[OURS], errors[name]) for name, own in by_name.items()]
+
+
+def _row(name: str, own: Samples, ours: Samples, error: float) -> dict[str, Any]:
+    speedup, low, high = ratio(own, ours)
+    print(
+        f"  {name:20}{own.median:8.3f} s ({own.quantile(0.2):.3f}–{own.quantile(0.8):.3f})  ours "
+        f"is {speedup:5.2f} x as fast ({low:.2f}–{high:.2f})  likelihoods within {error:.0e}",
+        flush=True,
+    )
+    return {
+        "name": name, "seconds": own.median, "p20": own.quantile(0.2), "p80": own.quantile(0.8),
+        "repetitions": len(own.seconds), "speedup_of_ours": speedup,
+        "interval_speedup": (low, high), "error": error,
+    }  # fmt: skip
+
+
+def _no_formula(rows: Tensor, double: bool) -> Tensor:
+    raise Refused("a generation is checked by its answers")
+
+
+def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each goal with what was measured."""
+    by_name = {row["name"]: row for row in rows}
+    return [
+        {
+            "goal": f"one batch against {name}", "limit": f"≥ {limit:g}",
+            "measured": by_name[name]["speedup_of_ours"],
+            "met": by_name[name]["speedup_of_ours"] >= limit,
+        }
+        for name, limit in GOALS
+    ]  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0; 1 when forms do not agree; 2 for a wrong command line."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if min(args.members, args.shots, args.new_tokens, *args.rows) < 1:
+        parser.error("--members, --shots, --new-tokens and --rows must be at least 1")
+    if args.layers is not None and (args.layers < 1 or args.hidden < 32 or args.hidden % 32):
+        parser.error("--layers must be at least 1, --hidden a multiple of 32")
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        parser.error(f"the folder of {args.json} does not exist")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    record = environment(torch.device("cpu"), torch.get_num_threads())
+    try:
+        rows = measure_forms(args)
+    except Refused as refusal:
+        print(f"REFUSED: {refusal}", file=sys.stderr)
+        return 1
+    outcomes = judge(rows)
+    for outcome in outcomes:
+        mark = "met" if outcome["met"] else "MISSED"
+        print(f"{outcome['goal']:36}{outcome['limit']:8}{outcome['measured']:6.2f}  {mark}")
+    if args.json is not None:
+        names = ("members", "shots", "new_tokens", "layers", "hidden")
+        settings = {name: getattr(args, name) for name in names}
+        write(args.json, {"schema": SCHEMA, "environment": record, "settings": settings,
+                          "goals": outcomes, "rows": rows})  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
