@@ -36,9 +36,8 @@ try:
     import t2kernels as t2k
     from t2runtime import tasks
     from t2runtime.adapt.fewshot import Space
-    from t2runtime.adapt.shots import Batches, log_likelihood
+    from t2runtime.adapt.shots import Batches, answer_and_score
     from t2runtime.demo.local_model import random_experts
-    from t2runtime.generation import complete
     from t2runtime.loading import load
 except ImportError as error:
     sys.exit(f"bench_adapt: {error}. Run it with the Python that t2kernels[hf] is installed in.")
@@ -98,10 +97,7 @@ class Generation:
 
     def _answer(self, model: Any, members: int, shots: slice = slice(None)) -> Answers:
         asked = self.shots[shots] * members
-        prompts = [shot.prompt for shot in asked]
-        texts = complete(model, self.tokenizer, prompts, self.new_tokens).texts
-        with torch.no_grad():
-            return texts, log_likelihood(model, self.tokenizer, asked)
+        return answer_and_score(model, self.tokenizer, asked, self.new_tokens)
 
     def one_batch(self, rows: int | None = None) -> Answers:
         """Ours: `rows` at once, by default all."""

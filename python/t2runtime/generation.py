@@ -192,10 +192,12 @@ def complete(
     samples: int = 1,
     temperature: float = 0.0,
     chat: str = "auto",
+    cache: Any = None,
 ) -> Completions:
     """Generate for a batch: greedily at temperature 0, else from the full softmax at `temperature`.
 
-    With `samples` > 1 the rows of one prompt follow each other.
+    With `samples` > 1 the rows of one prompt follow each other. `cache`: an empty key/value cache
+    of transformers to fill, for a caller who goes on with it.
     """
     ids, mask = encode(tokenizer, prompts, model.device, chat)
     check_context(model, mask.sum(1).tolist(), max_new_tokens)
@@ -207,6 +209,7 @@ def complete(
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             pad_token_id=pad_token(tokenizer),
+            **({} if cache is None else {"past_key_values": cache}),
             **_sampling(model, temperature),
         )
     except RuntimeError as error:

@@ -21,8 +21,7 @@ import t2kernels as t2k
 from t2runtime.adapt.cem import SearchResult
 from t2runtime.adapt.mixtures import TaskMixture, Weights, hashes
 from t2runtime.adapt.search import SEARCHES, black_box
-from t2runtime.adapt.shots import Batches, log_likelihood, without_shots
-from t2runtime.generation import complete
+from t2runtime.adapt.shots import Batches, answer_and_score, without_shots
 from t2runtime.tasks import EXACT, Grader, Problem
 
 Per = Literal["expert", "layer"]
@@ -167,11 +166,10 @@ def score_members(
         group = alpha[part]
         asked = list(shots[few]) * len(group)
         with bank.use(group):  # a member's rows follow each other
-            prompts = [shot.prompt for shot in asked]
-            texts = complete(model, tokenizer, prompts, max_new_tokens, chat=chat).texts
-            likely = log_likelihood(model, tokenizer, asked, chat).double().cpu()
+            texts, likely = answer_and_score(model, tokenizer, asked, max_new_tokens, chat)
         right = torch.tensor(grader.grade(asked, texts)) > 0
-        return torch.stack([right.double(), likely], 1).view(len(group), -1, 2)
+        scores = torch.stack([right.double(), likely.double().cpu()], 1)
+        return scores.view(len(group), -1, 2)
 
     found = (batches or Batches()).run(len(members), len(shots), work)
     return found.mean(1)

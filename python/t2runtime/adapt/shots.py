@@ -4,16 +4,18 @@ which problems are left to be scored.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from t2runtime.evaluate import Score, evaluate
-from t2runtime.generation import forced, token_log_probs
+from t2runtime.generation import complete, forced, token_log_probs
 from t2runtime.tasks import Grader, Problem
 
 logger = logging.getLogger(__name__)
@@ -111,6 +113,55 @@ def log_likelihood(
         tokenizer, [p.prompt for p in problems], [p.answer for p in problems], model, chat
     )
     return (token_log_probs(model, given) * given.sampled).sum(1)
+
+
+@torch.no_grad()
+def answer_and_score(
+    model: Any,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    max_new_tokens: int,
+    chat: str = "auto",
+) -> tuple[list[str], Tensor]:
+    """(greedy answers, log-likelihood of the right answers (rows,) fp32).
+
+    Equivalent to `complete` and `log_likelihood`; the prompts are computed once, where the model
+    has a key/value cache that can be cut back to them.
+    """
+    prompts = [problem.prompt for problem in problems]
+    cache = _croppable(model)
+    made = complete(model, tokenizer, prompts, max_new_tokens, chat=chat, cache=cache)
+    given = forced(tokenizer, prompts, [p.answer for p in problems], model, chat)
+    start = given.prompt_length - 1  # the last token of the prompt chooses the first of the answer
+    if cache is None or start < 1 or cache.get_seq_length() <= start:
+        return made.texts, log_likelihood(model, tokenizer, problems, chat)
+    cache.crop(start - cache.get_seq_length())  # a negative number: so many tokens less
+    positions = (given.attention.cumsum(1) - 1).clamp(min=0)
+    logits = model(
+        input_ids=given.ids[:, start:-1],
+        attention_mask=given.attention[:, :-1],
+        position_ids=positions[:, start:-1],
+        past_key_values=cache,
+    ).logits.float()
+    nll = F.cross_entropy(logits.flatten(0, 1), given.new_ids.flatten(), reduction="none")
+    return made.texts, -(nll.view(given.new_ids.shape) * given.sampled).sum(1)
+
+
+def _croppable(model: Any) -> Any:
+    """An empty key/value cache that can be cut back to any length; None where the model's own
+    cannot (sliding windows, states), or this release of transformers does not say.
+    """
+    from transformers import DynamicCache
+
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return None
+    try:
+        cache = DynamicCache(config=model.config)
+    except TypeError:  # before transformers 4.56
+        return None
+    layers = getattr(cache, "layers", [])
+    plain = layers and all(getattr(layer, "is_croppable", False) for layer in layers)
+    return cache if plain and not any(layer.is_sliding for layer in layers) else None
 
 
 class Batches:

@@ -63,9 +63,9 @@ def test_every_method_finds_both_experts_within_its_budget(
 ) -> None:  # fmt: skip
     """All ones answers every shot; it is a landmark of each method."""
     rows = []
-    whole = fewshot.complete
+    whole = fewshot.answer_and_score
     monkeypatch.setattr(
-        fewshot, "complete", lambda m, t, p, *a, **k: rows.append(len(p)) or whole(m, t, p, *a, **k)
+        fewshot, "answer_and_score", lambda m, t, p, *a: rows.append(len(p)) or whole(m, t, p, *a)
     )
     found = search(
         bank.model, tokenizer, bank, ["a", "b"], shots, NEW, method=method, per=per,

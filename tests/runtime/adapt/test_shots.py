@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import t2kernels as t2k
-from t2runtime.adapt.shots import gain, held_out, leaked, log_likelihood
-from t2runtime.generation import answer_log_probs, forced
+from t2runtime.adapt import shots as shots_module
+from t2runtime.adapt.shots import answer_and_score, gain, held_out, leaked, log_likelihood
+from t2runtime.generation import answer_log_probs, complete, forced
 from t2runtime.tasks import EXACT, Problem
 
 NEW = 3
@@ -47,3 +48,25 @@ def test_log_likelihood_is_that_of_the_answer_and_its_end(
             table = answer_log_probs(bank.model, given)[0]
             alone = table.gather(-1, given.new_ids[0][:, None]).sum()
             assert float(value) == pytest.approx(float(alone), abs=1e-4)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_answers_and_scores_are_those_of_two_calls(
+    bank: t2k.ExpertBank, tokenizer: Any, shots: list[Problem], cached: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """With prompts of different lengths, answers too, and a mixture of its own for each row."""
+    problems = [Problem("1=", "2", "x"), *shots, Problem("flip 12345=", "54321", "x")]
+    if not cached:
+        monkeypatch.setattr(shots_module, "_croppable", lambda model: None)
+    calls: list[int] = []
+    hook = bank.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    alpha = torch.rand(len(problems), 2, generator=torch.Generator().manual_seed(1))
+    with bank.use(alpha), torch.no_grad():
+        texts, found = answer_and_score(bank.model, tokenizer, problems, NEW)
+        assert len(calls) == NEW + 1
+        prompts = [problem.prompt for problem in problems]
+        assert texts == complete(bank.model, tokenizer, prompts, NEW).texts
+        want = log_likelihood(bank.model, tokenizer, problems)
+    hook.remove()
+    assert torch.allclose(found, want, atol=1e-4)
