@@ -21,7 +21,7 @@ import t2kernels as t2k
 from t2runtime.adapt.cem import SearchResult
 from t2runtime.adapt.mixtures import TaskMixture, Weights, hashes
 from t2runtime.adapt.search import SEARCHES, black_box
-from t2runtime.adapt.shots import Batches, answer_and_score, without_shots
+from t2runtime.adapt.shots import Batches, answer_and_score, check_shots, without_shots
 from t2runtime.tasks import EXACT, Grader, Problem
 
 Per = Literal["expert", "layer"]
@@ -131,15 +131,6 @@ class FewShot:
         return TaskMixture(
             task, self.weights, experts, self.method, self.seed, self.forwards, score, facts
         )
-
-
-def check_shots(shots: Sequence[Problem]) -> None:
-    """Raise unless there is a shot and each has an answer."""
-    if not shots:
-        raise ValueError("shots must hold at least one labelled problem, got none")
-    for shot in shots:
-        if not shot.answer:
-            raise ValueError(f"shots must have right answers, got none for {shot.prompt!r:.60}")
 
 
 @torch.no_grad()

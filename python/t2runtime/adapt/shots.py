@@ -22,6 +22,15 @@ logger = logging.getLogger(__name__)
 OnLeak = Literal["remove", "error"]
 
 
+def check_shots(shots: Sequence[Problem]) -> None:
+    """Raise unless there is a shot and each has an answer."""
+    if not shots:
+        raise ValueError("shots must hold at least one labelled problem, got none")
+    for shot in shots:
+        if not shot.answer:
+            raise ValueError(f"shots must have right answers, got none for {shot.prompt!r:.60}")
+
+
 def same_question(problem: Problem) -> str:
     """What two problems share that count as one question: the prompt, runs of spaces and case
     aside.
