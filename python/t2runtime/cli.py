@@ -112,6 +112,19 @@ def _train(commands: Any) -> None:
     )
 
 
+def _adapt(commands: Any) -> None:
+    p = _add(commands, "adapt", "find a mixture of experts for a task from a few labelled problems")
+    _model_options(p)
+    p.add_argument("--task", required=True, help=_TASK)
+    p.add_argument("--data", metavar="PATH", help="file or folder of the task's data")
+    p.add_argument("--extract", choices=EXTRACTORS, help="read answers in another way")
+    p.add_argument("--skip-bad-lines", action="store_true", help="leave out broken data lines")
+    options.adapting(p)
+    p.add_argument(
+        "--allow-mismatch", action="store_true", help="take experts made for another base weight"
+    )
+
+
 def _eval(commands: Any) -> None:
     p = _add(commands, "eval", "greedy accuracy of the base and of experts on a task")
     _model_options(p)
@@ -160,6 +173,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     _train(commands)
+    _adapt(commands)
     _eval(commands)
 
     p = _add(commands, "generate", "answer prompts under a mixture of experts, or in two passes")

@@ -46,5 +46,33 @@ def training(parser: argparse.ArgumentParser) -> None:
     option("--seed", "of prompts and samples", type=int)
 
 
+def adapting(p: argparse.ArgumentParser) -> None:
+    """Those of `t2 adapt` that say how a mixture is searched and what for."""
+    p.add_argument("--expert", action="append", default=[], metavar="FILE",
+                   help="to mix, or a folder of them; may be given several times")  # fmt: skip
+    p.add_argument("--out", required=True, help="folder of mixtures, or a file (.json)")
+    p.add_argument("--name", help="of the task in the mixture (default: the task's)")
+    p.add_argument("--method", choices=("cem", "cma-es", "random", "gradient"), default="cem")
+    p.add_argument("--per", choices=("expert", "layer"), default="expert",
+                   help="one weight per expert, or per expert and matrix")  # fmt: skip
+    p.add_argument("--shots", type=int, default=10, help="labelled problems to search with (10)")
+    p.add_argument("--shots-from", choices=("validation", "train", "test"), default="validation",
+                   help="their split; shots are never scored")  # fmt: skip
+    p.add_argument("--budget", type=int, metavar="N", help="forwards at most: a shot under a "
+                   "member is 2 (default: what the generations take)")  # fmt: skip
+    p.add_argument("--population", type=int, default=32, help="members of a generation (32)")
+    p.add_argument("--elites", type=int, default=6, help="of cem (6)")
+    p.add_argument("--generations", type=int, default=10, help="without --budget (10)")
+    p.add_argument("--rows-per-batch", type=int, metavar="N", help="default: all rows at once")
+    p.add_argument("--low", type=float, default=0.0, help="smallest weight (0)")
+    p.add_argument("--high", type=float, default=1.0, help="largest weight (1)")
+    p.add_argument("--l1", type=float, default=0.0, help="of gradient: draws weights to 0")
+    p.add_argument("--l2", type=float, default=0.0, help="of gradient: draws weights to 0")
+    p.add_argument("--limit", type=int, default=256, help="at most so many test problems (256)")
+    p.add_argument("--rows", type=int, default=64, help="test problems generated at once (64)")
+    p.add_argument("--max-new-tokens", type=int, help="default: what the task says")
+    p.add_argument("--seed", type=int, default=0, help="of the search and of generated tasks")
+
+
 def _count_or_none(text: str) -> int | None:
     return None if text == "none" else int(text)
