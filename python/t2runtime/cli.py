@@ -119,6 +119,7 @@ def _adapt(commands: Any) -> None:
     p.add_argument("--data", metavar="PATH", help="file or folder of the task's data")
     p.add_argument("--extract", choices=EXTRACTORS, help="read answers in another way")
     p.add_argument("--skip-bad-lines", action="store_true", help="leave out broken data lines")
+    p.add_argument("--chat", choices=("auto", "on", "off"), default="auto", help=_CHAT)
     options.adapting(p)
     p.add_argument(
         "--allow-mismatch", action="store_true", help="take experts made for another base weight"

@@ -22,6 +22,7 @@ from t2runtime.adapt.shots import held_out
 from t2runtime.evaluate import Score
 from t2runtime.generation import complete
 from t2runtime.tasks import Problem, Source
+from t2runtime.verdicts import is_right, verdicts_of
 
 #: Names the category of each question: pass 1 by prompt, by a classification expert, ...
 Pass1 = Callable[[Sequence[str]], Sequence[str]]
@@ -154,8 +155,8 @@ def _graded(
     scores: dict[str, Score] = {}
     start = 0
     for task, part in asked.items():
-        verdicts = sources[task].grade(part, texts[start : start + len(part)])
-        scores[task] = Score(sum(verdict > 0 for verdict in verdicts), len(part))
+        verdicts = verdicts_of(sources[task], part, texts[start : start + len(part)])
+        scores[task] = Score(sum(map(is_right, verdicts)), len(part))
         start += len(part)
     return scores
 

@@ -23,6 +23,7 @@ from t2runtime.adapt.mixtures import TaskMixture, Weights, hashes
 from t2runtime.adapt.search import SEARCHES, black_box
 from t2runtime.adapt.shots import Batches, answer_and_score, check_shots, without_shots
 from t2runtime.tasks import EXACT, Grader, Problem
+from t2runtime.verdicts import is_right, verdicts_of
 
 Per = Literal["expert", "layer"]
 METHODS = (*SEARCHES, "gradient")
@@ -158,7 +159,7 @@ def score_members(
         asked = list(shots[few]) * len(group)
         with bank.use(group):  # a member's rows follow each other
             texts, likely = answer_and_score(model, tokenizer, asked, max_new_tokens, chat)
-        right = torch.tensor(grader.grade(asked, texts)) > 0
+        right = torch.tensor([is_right(v) for v in verdicts_of(grader, asked, texts)])
         scores = torch.stack([right.double(), likely.double().cpu()], 1)
         return scores.view(len(group), -1, 2)
 

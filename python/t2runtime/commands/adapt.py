@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         model, tokenizer, bank, list(experts), shots, new_tokens, method=args.method, per=args.per,
         population=args.population, elites=args.elites, generations=args.generations,
         budget=args.budget, rows_per_batch=args.rows_per_batch, low=args.low, high=args.high,
-        l1=args.l1, l2=args.l2, grader=task, seed=args.seed,
+        l1=args.l1, l2=args.l2, grader=task, seed=args.seed, chat=args.chat,
     )  # fmt: skip
     seconds = time.perf_counter() - began
     # Saved before it is scored: an interrupted evaluation loses nothing.
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     path = save_mixture(args.out, found.saved(name, **facts))
     reached = gain(
         model, tokenizer, bank, load_mixture(path).alpha(bank), problems, shots, new_tokens, task,
-        rows=args.rows,
+        rows=args.rows, chat=args.chat,
     )  # fmt: skip
     return {
         "model": args.model,
