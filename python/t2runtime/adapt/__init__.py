@@ -4,29 +4,39 @@ with a few shots; beyond the paper a router network and a record of past perform
 
 from t2runtime.adapt.cem import SearchResult, cross_entropy_method
 from t2runtime.adapt.classifier import train_classifier
+from t2runtime.adapt.compare import Comparison, compare
 from t2runtime.adapt.fewshot import FewShot, Space, search
 from t2runtime.adapt.gradient import gradient_ascent
 from t2runtime.adapt.mixtures import TaskMixture, load_mixture, load_mixtures, save_mixture
 from t2runtime.adapt.prompt import Categories, name_categories
+from t2runtime.adapt.record import Record, measure_record
+from t2runtime.adapt.router import Router, RouterConfig, train_router
 from t2runtime.adapt.search import cma_es, random_search
 from t2runtime.adapt.shots import gain, held_out
 
 __all__ = [
     "Categories",
+    "Comparison",
     "FewShot",
+    "Record",
+    "Router",
+    "RouterConfig",
     "SearchResult",
     "Space",
     "TaskMixture",
     "cma_es",
+    "compare",
     "cross_entropy_method",
     "gain",
     "gradient_ascent",
     "held_out",
     "load_mixture",
     "load_mixtures",
+    "measure_record",
     "name_categories",
     "random_search",
     "save_mixture",
     "search",
     "train_classifier",
+    "train_router",
 ]

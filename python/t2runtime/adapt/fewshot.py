@@ -73,6 +73,12 @@ class Space:
 
     def alpha(self, members: Tensor) -> Tensor:
         """(members, size) -> alpha over all experts of the bank, for `bank.use`; differentiable."""
+        if members.dim() != 2 or members.shape[1] != self.size:
+            raise ValueError(
+                f"members must have shape (members, {self.size}), got {tuple(members.shape)}"
+            )
+        if not bool(torch.isfinite(members.detach()).all()):
+            raise ValueError("members must be finite")
         rows = members.reshape(-1, *self.shape)
         index = torch.tensor([self.bank.names.index(name) for name in self.names])
         whole = rows.new_zeros(*rows.shape[:-1], len(self.bank.names))

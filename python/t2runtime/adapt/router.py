@@ -8,6 +8,7 @@ every request, on the likelihood of right answers; the model and the experts sta
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,8 +147,9 @@ def features(model: Any, tokenizer: Any, questions: Sequence[str], chat: str = "
     base weights of the converted model, whatever is in force around the call.
     """
     ids, mask = encode(tokenizer, questions, model.device, chat)
-    extra: dict[str, Any] = {"logits_to_keep": 1}
-    extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    wanted = {"logits_to_keep": 1, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    accepted = inspect.signature(model.forward).parameters
+    extra = {name: value for name, value in wanted.items() if name in accepted}
     with t2k.ExpertBank(model).use(None):
         hidden = model(
             input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False, **extra

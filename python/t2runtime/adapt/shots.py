@@ -175,7 +175,7 @@ def _croppable(model: Any) -> Any:
 
 class Batches:
     """How many rows are computed at once: the whole population, or `rows` (at least one member's
-    share of one shot), halved for good whenever the device's memory does not hold them.
+    share of one shot), halved for good whenever a GPU's memory does not hold them.
     """
 
     def __init__(self, rows: int | None = None) -> None:

@@ -139,3 +139,12 @@ def test_bad_input(
 def test_an_empty_bank(tiny: Any, tokenizer: Any, shots: list[Problem]) -> None:
     with pytest.raises(ValueError, match="the bank is empty"):
         search(tiny, tokenizer, t2k.ExpertBank(tiny), ["a"], shots, NEW)
+
+
+def test_members_of_another_shape_or_not_finite(bank: t2k.ExpertBank) -> None:
+    space = Space(bank, ("a", "b"), "layer")
+    for wrong in (torch.zeros(1, 2), torch.zeros(space.size), torch.zeros(1, 2 * space.size)):
+        with pytest.raises(ValueError, match=f"shape .members, {space.size}., got"):
+            space.alpha(wrong)
+    with pytest.raises(ValueError, match="members must be finite"):
+        space.alpha(torch.full((1, space.size), float("nan")))
