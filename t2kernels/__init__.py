@@ -24,6 +24,8 @@ from .nn import SVFLinear as SVFLinear
 from .ops.dispatch import BACKENDS as BACKENDS
 from .ops.dispatch import backend as backend
 from .ops.dispatch import batch_invariant as batch_invariant
+from .ops.dispatch import is_batch_invariant as is_batch_invariant
+from .ops.functional import dense as dense
 from .ops.functional import svf_delta_linear as svf_delta_linear
 from .ops.functional import svf_linear as svf_linear
 from .quantized import QuantizedFactors as QuantizedFactors

@@ -8,9 +8,8 @@ from __future__ import annotations
 import sys
 
 import t2kernels as t2k
-from t2runtime import tasks
+from t2runtime import Transformer2, tasks
 from t2runtime.adapt.prompt import SMALL
-from t2runtime.engine import TwoPass
 from t2runtime.loading import load
 from t2runtime.train import small_model, train
 
@@ -26,9 +25,10 @@ def main(steps: int) -> None:
 
     # Pass 1 on the base weights; categories without an expert are answered by the base.
     bare = {name: None for name in tasks.SKILLS if name not in bank}
-    engine = TwoPass(model, tokenizer, bank, SMALL, mixtures=bare | {"add": {"add": 0.9}})
+    meant = bare | {"add": {"add": 0.9}}
+    t2 = Transformer2(model, tokenizer, bank, categories=SMALL, mixtures=meant)
     questions = ["37+48=", "turn 48213=", "say wxyz="]
-    for question, output in zip(questions, engine.generate(questions, 8), strict=True):
+    for question, output in zip(questions, t2.generate(questions, max_new_tokens=8), strict=True):
         print(f"{question:14s}{output.text:8s}{output.category:9s}{output.mixture}")
 
 

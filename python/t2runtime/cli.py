@@ -147,6 +147,38 @@ def _eval(commands: Any) -> None:
     p.add_argument("--seed", type=int, default=0, help="of generated tasks")
 
 
+def _answering(commands: Any) -> None:
+    p = _add(commands, "generate", "answer prompts under a mixture of experts, or in two passes")
+    _answer_options(p)
+    p.add_argument("--prompt", action="append", default=[], help="may be given several times")
+
+    p = _add(commands, "chat", "talk in the terminal; shows which experts answered each turn")
+    _answer_options(p)
+
+
+def _answer_options(p: argparse.ArgumentParser) -> None:
+    _model_options(p)
+    p.add_argument("--expert", action="append", default=[], metavar="FILE[=WEIGHT]",
+                   help="or a folder of them; may be given several times")  # fmt: skip
+    p.add_argument(
+        "--strategy",
+        choices=("fixed", "prompt", "classifier", "mixture", "few-shot"),
+        default="fixed",
+        help="fixed: the experts at their weights (default); else pass 1 names one expert per "
+        "prompt, on the base or under --classifier, or its probabilities are the weights; or the "
+        "mixture that was found for --task",
+    )
+    p.add_argument("--classifier", metavar="FILE", help="expert under which pass 1 runs")
+    p.add_argument("--mixtures", metavar="DIR", help="what `t2 adapt` found, one file a task")
+    p.add_argument("--task", help="the task whose mixture is used")
+    p.add_argument("--max-new-tokens", type=int, help="default: 256, or what the context leaves")
+    p.add_argument("--chat", choices=("auto", "on", "off"), default="auto", help=_CHAT)
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer")
+    p.add_argument(
+        "--allow-mismatch", action="store_true", help="take experts made for another base weight"
+    )
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = Parser(
@@ -177,19 +209,7 @@ def build_parser() -> argparse.ArgumentParser:
     _adapt(commands)
     _eval(commands)
 
-    p = _add(commands, "generate", "answer prompts under a mixture of experts, or in two passes")
-    _model_options(p)
-    p.add_argument("--expert", action="append", default=[], metavar="FILE[=WEIGHT]")
-    p.add_argument("--prompt", action="append", default=[], help="may be given several times")
-    p.add_argument("--chat", choices=("auto", "on", "off"), default="auto", help=_CHAT)
-    p.add_argument("--max-new-tokens", type=int, help="default: 64, or what the context leaves")
-    p.add_argument(
-        "--two-pass", action="store_true", help="let the model choose one of the experts per prompt"
-    )
-    p.add_argument("--classifier", metavar="FILE", help="expert under which pass 1 runs")
-    p.add_argument(
-        "--allow-mismatch", action="store_true", help="take experts made for another base weight"
-    )
+    _answering(commands)
 
     p = _add(commands, "inspect", "what expert files or a factor store hold")
     p.add_argument("file", nargs="+", help="expert files (several are compared), or a store")

@@ -1,92 +1,378 @@
-"""Two passes over one mixed batch: pass 1 decides a mixture per request, pass 2 answers with it.
+"""Self-adaptation in two passes: pass 1 decides a mixture per request, pass 2 answers with it.
 
 Both passes run on stated weights: pass 1 on the base or on the classification expert, "other" on
-the base. Nothing is carried from pass 1 to pass 2 but the names, in particular no key/value
-cache.
+the base. Nothing is carried from pass 1 to pass 2 but the decision, in particular no key/value
+cache. A request that cannot be answered fails alone, and says why.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from t2runtime.adapt.prompt import Categories, name_categories
-from t2runtime.generation import complete
+import t2kernels as t2k
+from t2runtime.adapt.mixtures import load_mixtures
+from t2runtime.adapt.prompt import SMALL, Categories, Verdict, judge, question_ids
+from t2runtime.adapt.weights import Mixture, check_mixture, combined, routing
+from t2runtime.decoding import Stream, answer
+from t2runtime.generation import Prompt, context_length, prompt_ids, uses_template
+from t2runtime.invariant import invariant_model
+from t2runtime.loading import SMALL_NAME, load
 
-#: None is the base, a name is that expert at 1, a mapping gives weights.
-Mixture = str | Mapping[str, float] | None
+#: How the mixture of each request is decided; see `Transformer2.generate`.
+STRATEGIES = ("prompt", "classifier", "mixture", "few-shot")
+NEW_TOKENS = 256
+#: Shares of a "mixture" below this count as nothing.
+_LEAST = 1e-3
 
 
 @dataclass(frozen=True)
 class Output:
     """One answer. The seconds are those of the whole batch's pass, which all its requests waited
     for.
+
+    mixture: what pass 2 used. category, probabilities: what pass 1 said; None where no pass 1 ran.
+    error: None, or why this request has no answer; its text is then empty.
     """
 
     text: str
     mixture: Mixture
-    category: str
-    pass1_seconds: float
-    pass2_seconds: float
+    category: str | None = None
+    probabilities: dict[str, float] | None = None
+    pass1_seconds: float = 0.0
+    pass2_seconds: float = 0.0
+    error: str | None = None
 
 
 @dataclass
-class TwoPass:
-    """Answers questions with the mixture that pass 1 chooses for each.
+class _Request:
+    """What becomes of one prompt on its way."""
 
-    bank: a `t2kernels.ExpertBank` of the model. classifier: the bank's expert under which pass 1
-    runs (None: the base weights). mixtures: what each category means; by default the expert of
-    the same name.
+    prompt: Prompt
+    ids: list[int] = dataclasses.field(default_factory=list)
+    budget: int = 0
+    mixture: Mixture = None
+    verdict: Verdict | None = None
+    text: str = ""
+    error: str | None = None
+
+    def output(self, pass1_seconds: float, pass2_seconds: float) -> Output:
+        """As the caller gets it."""
+        category = self.verdict.category if self.verdict else None
+        probabilities = self.verdict.probabilities if self.verdict else None
+        mixture = None if self.error else self.mixture
+        return Output(self.text, mixture, category, probabilities,
+                      pass1_seconds, pass2_seconds, self.error)  # fmt: skip
+
+    def attempt(self, step: Callable[[_Request], None]) -> None:
+        """Do a step unless an earlier one failed; what is wrong with this request stays with it."""
+        if self.error is None:
+            try:
+                step(self)
+            except (ValueError, TypeError, KeyError) as error:
+                self.error = str(error.args[0]) if error.args else type(error).__name__
+
+
+class Transformer2:
+    """A model with a bank of experts that chooses, for every request, the experts that answer it.
+
+    Args:
+        model, tokenizer: a causal model of transformers, converted (`t2kernels.convert`).
+        bank: its `t2kernels.ExpertBank`; experts may be added at any time.
+        categories: what pass 1 may name. Default: the experts of the bank except the classifier,
+            with their descriptions. "other" is always there and always means the base.
+        classifier: the bank's expert under which pass 1 runs with strategy "classifier".
+        mixtures: {category or task: mixture}, or a folder of found mixtures; a category that it
+            does not name stands for the expert of that name.
+        chat: whether prompts go into the tokenizer's chat template: "auto", "on" or "off".
+
+    Raises ValueError where a category or the classifier needs an expert that the bank lacks.
     """
 
-    model: Any
-    tokenizer: Any
-    bank: Any
-    categories: Categories
-    classifier: str | None = None
-    mixtures: Mapping[str, Mixture] = field(default_factory=dict)
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        bank: t2k.ExpertBank,
+        *,
+        categories: Categories | None = None,
+        classifier: str | None = None,
+        mixtures: Mapping[str, Mixture] | str | Path | None = None,
+        chat: str = "auto",
+    ) -> None:
+        self.model, self.tokenizer, self.bank, self.chat = model, tokenizer, bank, chat
+        self.classifier = classifier
+        uses_template(tokenizer, chat)  # raises for one that is asked for and not there
+        saved = isinstance(mixtures, (str, Path))
+        self.mixtures: dict[str, Mixture] = dict(
+            load_mixtures(mixtures) if saved else mixtures or {}  # type: ignore[arg-type]
+        )
+        self._categories = categories
+        if classifier is not None:
+            check_mixture(bank, classifier, "the classifier")
+        if categories is not None:
+            for name in categories.names:
+                check_mixture(bank, self.mixture_of(name), f"category {name!r}")
 
-    def __post_init__(self) -> None:
-        needed = {} if self.classifier is None else {self.classifier: "the classifier"}
-        for category in self.categories.names:
-            mixture = self.mixture_of(category)
-            experts = [mixture] if isinstance(mixture, str) else list(mixture or ())
-            needed |= dict.fromkeys(experts, f"category {category!r}")
-        for name, use in needed.items():
-            if name not in self.bank.names:
-                raise ValueError(
-                    f"{use} needs expert {name!r}, the bank has {', '.join(self.bank.names)}. "
-                    "Add it, or say mixtures={category: None} for a category that the base answers."
-                )
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_path: str,
+        experts: str | Path | Mapping[str, str | Path | t2k.Expert] | None = None,
+        *,
+        targets: Any = "all-linear",
+        dtype: str = "auto",
+        device: str = "auto",
+        factors: str | Path | None = None,
+        classifier: str | Path | None = None,
+        allow_mismatch: bool = False,
+        **more: Any,
+    ) -> Transformer2:
+        """Load a model, convert it and fill the bank.
+
+        Args:
+            model_path: "small", a local folder, or a hub name.
+            experts: a folder of expert files, which are named after them, or {name: file or
+                Expert}.
+            targets, factors: which layers, and a store made by `t2 decompose`; see
+                `t2kernels.convert`.
+            classifier: the name of one of the experts, or the file of one more.
+            allow_mismatch: take experts that were made for another base weight.
+            more: categories, mixtures, chat; see the class.
+        """
+        model, tokenizer = load(model_path, dtype, device)
+        t2k.convert(model, targets=targets, decomposition=factors, progress=False)
+        bank = t2k.ExpertBank(model)
+        if isinstance(experts, Mapping):
+            for name, given in experts.items():
+                expert = given if isinstance(given, t2k.Expert) else t2k.Expert.load(given)
+                bank.add(name, expert, allow_mismatch=allow_mismatch)
+        elif experts is not None:
+            bank.load(experts, allow_mismatch=allow_mismatch)
+        if classifier is not None and classifier not in bank:
+            path, classifier = Path(classifier), Path(classifier).stem
+            bank.add(classifier, t2k.Expert.load(path), allow_mismatch=allow_mismatch)
+        return cls(model, tokenizer, bank,
+                   classifier=None if classifier is None else str(classifier), **more)  # fmt: skip
+
+    # -- what pass 1 may say, and what it means ------------------------------------------------
+
+    @property
+    def categories(self) -> Categories:
+        """What pass 1 may name now: as given, or the bank's experts with their descriptions."""
+        if self._categories is not None:
+            return self._categories
+        names = tuple(name for name in self.bank.names if name != self.classifier)
+        if not names:
+            raise ValueError(
+                "the bank is empty: pass 1 has no expert to choose from. Add one with "
+                "bank.add(name, expert), or use strategy=None for the base weights"
+            )
+        small = getattr(self.model.config, "_name_or_path", None) == SMALL_NAME
+        said = {name: " ".join(self.bank[name].description.split()) for name in names}
+        if small:  # its way to ask has no room for descriptions
+            return dataclasses.replace(SMALL, names=names)
+        return Categories(names, descriptions={k: v for k, v in said.items() if v})
 
     def mixture_of(self, category: str) -> Mixture:
         """The mixture that a category stands for; "other" always means the base weights."""
-        if category == self.categories.other:
-            return None
-        return self.mixtures.get(category, category)
+        other = Categories.other if self._categories is None else self._categories.other
+        return None if category == other else self.mixtures.get(category, category)
 
-    def generate(self, questions: Sequence[str], max_new_tokens: int) -> list[Output]:
-        """Both passes, greedily; one output per question, in order."""
+    # -- the two passes --------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        strategy: str | Mapping[str, float] | Sequence[Mixture] | None = "prompt",
+        *,
+        max_new_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        stream: Stream | None = None,
+        task: str | None = None,
+    ) -> list[Output]:
+        """Both passes over one batch, greedily; one output per prompt, in order.
+
+        Args:
+            prompts: texts or chats (lists of {"role", "content"}) of any lengths. Of a chat, pass 1
+                looks at the last message, so that every turn is dispatched anew.
+            strategy: "prompt" (pass 1 on the base names a category), "classifier" (pass 1 under
+                the classification expert), "mixture" (pass 1 on the base; its probabilities are
+                the weights, that of "other" is the base's share), "few-shot" (the found mixture of
+                `task`, no pass 1); else one mixture for all requests: an expert's name, a {name:
+                weight}, None for the base; or a list of these, one per request. An expert that is
+                called like a strategy is reached as {name: 1}.
+            max_new_tokens: of each request; prompt and new tokens must fit into the context.
+                Default: 256, or what the context leaves.
+            stop: strings that end an answer and are not part of it.
+            stream: called with (request, piece of text) while pass 2 runs.
+
+        In `t2kernels.batch_invariant()` a request's text depends on nothing else in the batch; see
+        `t2runtime.invariant` for what that takes.
+
+        Raises ValueError or TypeError for what concerns all requests: no prompts, an unknown
+        strategy or expert, an empty bank. What is wrong with one request is its `error`.
+        """
+        if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Sequence):
+            raise TypeError(
+                "prompts must be a list of texts and chats, got "
+                f"{type(prompts).__name__}. Wrap a single prompt: [prompt]"
+            )
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(word, str) and word for word in stop):
+            raise ValueError(f"stop must hold strings that are not empty, got {stop!r}")
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        requests = [_Request(prompt) for prompt in prompts]
+        decide = self._decision(strategy, task, len(requests))
+        for request in requests:
+            request.attempt(lambda one: self._read(one, max_new_tokens))
         start = self._now()
-        names = name_categories(
-            self.model, self.tokenizer, self.bank, self.categories, questions, self.classifier
-        )
-        middle = self._now()
-        mixtures = [self.mixture_of(name) for name in names]
-        with self.bank.use(mixtures):
-            texts = complete(self.model, self.tokenizer, questions, max_new_tokens).texts
-        end = self._now()
-        return [
-            Output(text, mixture, name, middle - start, end - middle)
-            for text, mixture, name in zip(texts, mixtures, names, strict=True)
-        ]
+        with invariant_model(self.model) if t2k.is_batch_invariant() else nullcontext():
+            ran = decide(requests)
+            middle = self._now()
+            self._answer(requests, stop, stream)
+        seconds = (middle - start if ran else 0.0, self._now() - middle)
+        return [request.output(*seconds) for request in requests]
+
+    def _decision(
+        self, strategy: Any, task: str | None, count: int
+    ) -> Callable[[list[_Request]], bool]:
+        """What gives every request its mixture and says whether it took a pass; raises for what
+        concerns all of them.
+        """
+        if isinstance(strategy, str) and strategy in STRATEGIES:
+            if strategy == "few-shot":
+                return _for_all(self._found(task))
+            if strategy == "classifier" and self.classifier is None:
+                raise ValueError(
+                    "strategy 'classifier' needs a classification expert: Transformer2(..., "
+                    "classifier=name) names one of the bank"
+                )
+            categories = self.categories
+            return lambda requests: self._pass1(requests, categories, str(strategy))
+        if strategy is None or isinstance(strategy, (str, Mapping)):
+            if isinstance(strategy, str) and strategy not in self.bank:
+                known = ", ".join((*STRATEGIES, *self.bank.names))
+                raise ValueError(f"strategy must be one of {known}, or a mixture; got {strategy!r}")
+            check_mixture(self.bank, strategy, "strategy")
+            return _for_all(strategy)
+        if not isinstance(strategy, Sequence) or len(strategy) != count:
+            got = f"{len(strategy)} entries" if isinstance(strategy, Sequence) else repr(strategy)
+            raise ValueError(
+                f"strategy must be a name, a {{name: weight}}, None, or a list with one of these "
+                f"for each of {count} prompts; got {got}"
+            )
+        given = list(strategy)
+
+        def each(requests: list[_Request]) -> bool:
+            for mixture, request in zip(given, requests, strict=True):
+                request.mixture = mixture
+                request.attempt(lambda one: check_mixture(self.bank, one.mixture, "the mixture"))
+            return False
+
+        return each
+
+    def _found(self, task: str | None) -> Mixture:
+        """The mixture that was found for a task."""
+        if task is None or task not in self.mixtures:
+            raise ValueError(
+                "strategy 'few-shot' needs task=, one of the tasks that a mixture was found for "
+                f"({', '.join(self.mixtures) or 'none: pass mixtures=folder'}), got {task!r}"
+            )
+        check_mixture(self.bank, self.mixtures[task], f"task {task!r}")
+        return self.mixtures[task]
+
+    def _read(self, request: _Request, max_new_tokens: int | None) -> None:
+        """Token ids of the request, and how many new ones it may have."""
+        request.ids = prompt_ids(self.tokenizer, request.prompt, self.chat)
+        if not request.ids:
+            raise ValueError("the prompt gives no token; write something")
+        context = context_length(self.model)
+        room = NEW_TOKENS if context is None else context - len(request.ids)
+        request.budget = max_new_tokens or min(NEW_TOKENS, room)
+        if context is not None and (room < request.budget or room < 1):
+            raise ValueError(
+                f"the prompt has {len(request.ids)} tokens and {max(1, request.budget)} new ones "
+                f"are asked for (max_new_tokens), the model's context holds {context}. Shorten the "
+                "prompt or lower max_new_tokens"
+            )
+
+    def _pass1(self, requests: list[_Request], categories: Categories, strategy: str) -> bool:
+        """Names the category of every request, with probabilities, and what it means."""
+        reply = max(map(len, categories.replies(self.tokenizer, self.chat)))
+        asked: list[list[int]] = []
+
+        def ask(one: _Request) -> None:
+            asked.append(question_ids(self.model, self.tokenizer, categories, one.prompt,
+                                      self.chat, reply=reply))  # fmt: skip
+
+        for request in requests:
+            request.attempt(ask)
+        sound = [request for request in requests if request.error is None]
+        if sound:
+            invariant = t2k.is_batch_invariant()
+            with self.bank.use(self.classifier if strategy == "classifier" else None):
+                verdicts = judge(self.model, self.tokenizer, categories, asked, self.chat,
+                                 share_prefix=not invariant)  # fmt: skip
+            for request, request.verdict in zip(sound, verdicts, strict=True):
+                request.attempt(lambda one: self._mean(one, strategy))
+        return True
+
+    def _mean(self, request: _Request, strategy: str) -> None:
+        """The mixture that the verdict on a request stands for."""
+        verdict = request.verdict
+        if verdict is None or not all(map(math.isfinite, verdict.probabilities.values())):
+            raise ValueError(
+                "pass 1 gave probabilities that are not finite: the weights in force overflow, or "
+                "the classification expert has diverged"
+            )
+        if strategy == "mixture":
+            shares = {k: v for k, v in verdict.probabilities.items() if v >= _LEAST}
+            request.mixture = combined(shares, self.mixture_of)
+        else:
+            request.mixture = self.mixture_of(verdict.category)
+        check_mixture(self.bank, request.mixture, f"category {verdict.category!r}")
+
+    def _answer(self, requests: list[_Request], stop: Sequence[str], stream: Stream | None) -> None:
+        """Pass 2 over the requests that are sound."""
+        places = [index for index, one in enumerate(requests) if one.error is None]
+        sound = [requests[index] for index in places]
+        if not sound:
+            return
+        passed_on: Stream | None = None
+        if stream is not None:
+            said = stream
+            passed_on = lambda row, piece: said(places[row], piece)  # noqa: E731
+        with self.bank.use(routing(self.bank, [one.mixture for one in sound])):
+            texts = answer(
+                self.model, self.tokenizer, [one.ids for one in sound],
+                [one.budget for one in sound], stop, passed_on,
+            )  # fmt: skip
+        for request, text in zip(sound, texts, strict=True):
+            request.text = text
 
     def _now(self) -> float:
         """The clock, after the GPU has finished what it was given."""
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         return time.perf_counter()
+
+
+def _for_all(mixture: Mixture) -> Callable[[list[_Request]], bool]:
+    """One mixture for every request, decided before; no pass."""
+
+    def decide(requests: list[_Request]) -> bool:
+        for request in requests:
+            request.mixture = mixture
+        return False
+
+    return decide

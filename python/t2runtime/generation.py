@@ -2,23 +2,27 @@
 passes.
 
 Nothing here knows experts: whoever wants a mixture opens `bank.use(...)` around the call.
+A prompt is a text, or a chat: a list of {"role", "content"} messages that ends with the user's.
 Three rules for tokenizers and contexts, the same everywhere:
   no pad token      the end token pads, and is masked there; without one, id 0;
   chat template     chat="auto" makes each prompt the user's turn of the tokenizer's template where
-                    it has one and leaves it as it is where not; "on" demands one, "off" uses none;
+                    it has one and leaves it as it is where not; "on" demands one, "off" uses none
+                    (chats always need one);
   long prompts      prompt and max_new_tokens must fit into the model's context; nothing is cut.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Prompt = str | Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -102,17 +106,59 @@ def uses_template(tokenizer: Any, chat: str) -> bool:
     return has_one and chat != "off"
 
 
-def prompt_ids(tokenizer: Any, prompt: str, chat: str = "auto") -> list[int]:
+def messages_of(prompt: Prompt) -> list[dict[str, str]]:
+    """A prompt as chat messages; a text is the user's only one.
+
+    Raises TypeError for what is neither, ValueError for a chat that does not end with the user's
+    turn.
+
+    >>> messages_of("Hello")
+    [{'role': 'user', 'content': 'Hello'}]
+    """
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise TypeError(
+            "a prompt must be a str or a list of {'role', 'content'} messages, got "
+            f"{type(prompt).__name__}"
+        )
+    messages: list[Any] = list(prompt)
+    for index, message in enumerate(messages):
+        keys = ("role", "content")
+        if not isinstance(message, Mapping) or not all(
+            isinstance(message.get(key), str) for key in keys
+        ):
+            raise TypeError(
+                f"message {index} of a chat must be {{'role': str, 'content': str}}, "
+                f"got {message!r:.80}"
+            )
+    if not messages or messages[-1]["role"] != "user":
+        got = f"one by {messages[-1]['role']!r}" if messages else "no message"
+        raise ValueError(f"a chat must end with a message of role 'user', got {got}")
+    return [dict(message) for message in messages]
+
+
+def last_user_message(prompt: Prompt) -> str:
+    """The text of a prompt, or of the turn that a chat ends with."""
+    return messages_of(prompt)[-1]["content"]
+
+
+def prompt_ids(tokenizer: Any, prompt: Prompt, chat: str = "auto") -> list[int]:
     """The ids of one prompt; a template puts its own first token, so none is added twice."""
+    messages = messages_of(prompt)
     if not uses_template(tokenizer, chat):
+        if not isinstance(prompt, str):
+            raise ValueError(
+                "a chat needs a tokenizer with a chat template and chat='auto' or 'on'; give this "
+                "model a str"
+            )
         # verbose=False: what fits is checked here, against the model's own context.
         return list(tokenizer(prompt, verbose=False)["input_ids"])
     return list(
         tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True, tokenize=True, return_dict=True,
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True
         )["input_ids"]
-    )  # fmt: skip
+    )
 
 
 def context_length(model: Any) -> int | None:
@@ -137,7 +183,9 @@ def check_context(model: Any, lengths: Sequence[int], max_new_tokens: int) -> No
         )
 
 
-def room(model: Any, tokenizer: Any, prompts: Sequence[str], most: int, chat: str = "auto") -> int:
+def room(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], most: int, chat: str = "auto"
+) -> int:
     """New tokens that fit behind every prompt: `most`, or fewer; at least 1, so that a prompt that
     fills the context is refused where it is used.
     """
@@ -149,7 +197,7 @@ def room(model: Any, tokenizer: Any, prompts: Sequence[str], most: int, chat: st
 
 
 def encode(
-    tokenizer: Any, prompts: Sequence[str], device: torch.device, chat: str = "auto"
+    tokenizer: Any, prompts: Sequence[Prompt], device: torch.device, chat: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask (rows, length), padded on the left; the tokenizer is left as
     it is.
@@ -160,11 +208,22 @@ def encode(
     for prompt, row in zip(prompts, rows, strict=True):
         if not row:
             raise ValueError(f"prompts must give at least one token each, got none for {prompt!r}")
+    return pad_left(rows, pad_token(tokenizer), device)
+
+
+def pad_left(
+    rows: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask (rows, length) of rows of any lengths."""
     width = max(map(len, rows))
-    pad = pad_token(tokenizer)
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
+
+
+def decode(tokenizer: Any, ids: Sequence[int] | Tensor) -> str:
+    """The text of generated ids, without special tokens."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 #: What would bend the softmax of a sample; a model's own settings may hold any of it.
@@ -174,7 +233,8 @@ _UNBENT = {
 }  # fmt: skip
 
 
-def _sampling(model: Any, temperature: float) -> dict[str, Any]:
+def sampling(model: Any, temperature: float) -> dict[str, Any]:
+    """What `model.generate` is told: greedy at 0, else the full softmax."""
     if temperature <= 0:
         return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     own = model.generation_config
@@ -186,7 +246,7 @@ def _sampling(model: Any, temperature: float) -> dict[str, Any]:
 def complete(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     max_new_tokens: int,
     *,
     samples: int = 1,
@@ -210,7 +270,7 @@ def complete(
             max_new_tokens=max_new_tokens,
             pad_token_id=pad_token(tokenizer),
             **({} if cache is None else {"past_key_values": cache}),
-            **_sampling(model, temperature),
+            **sampling(model, temperature),
         )
     except RuntimeError as error:
         if "probability tensor" not in str(error):
@@ -222,10 +282,7 @@ def complete(
     new = output[:, ids.shape[1] :]
     is_end = torch.isin(new, torch.tensor(ends, device=new.device, dtype=new.dtype))
     sampled = is_end.cumsum(1) - is_end.long() == 0
-    texts = [
-        tokenizer.decode(row[keep], skip_special_tokens=True)
-        for row, keep in zip(new, sampled, strict=True)
-    ]
+    texts = [decode(tokenizer, row[keep]) for row, keep in zip(new, sampled, strict=True)]
     return Completions(output, torch.cat([mask, torch.ones_like(new)], 1), sampled, texts)
 
 
@@ -265,7 +322,7 @@ def answer_logits(model: Any, completions: Completions) -> Tensor:
 
 def forced(
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     answers: Sequence[str],
     model: Any,
     chat: str = "auto",

@@ -260,7 +260,24 @@ def _rows(d: Tensor) -> Tensor:
 
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x·Wᵀ + b; in batch-invariant mode by a kernel whose order of summation is fixed."""
+    """y = x·Wᵀ + b; in batch-invariant mode by a kernel whose order of summation is fixed.
+
+    Equivalent to ``F.linear(x, weight, bias)``, which it is outside that mode. For the layers of a
+    model that were not converted, when all of it is to be invariant.
+
+    Args:
+        x: (..., n). weight: (m, n). bias: (m,) or None. All of one floating dtype.
+
+    Returns:
+        y (..., m) in x's dtype. Where no native kernel runs the call (a GPU, gradients), every row
+        is a product of its own: slow, and right by construction.
+
+    >>> import torch, t2kernels as t2k
+    >>> x, w = torch.randn(3, 4), torch.randn(2, 4)
+    >>> with t2k.batch_invariant():
+    ...     torch.equal(t2k.dense(x, w, None)[:1], t2k.dense(x[:1], w, None))
+    True
+    """
     if not dispatch.is_batch_invariant():
         return F.linear(x, weight, bias)
     x2 = x.reshape(-1, x.shape[-1])

@@ -49,7 +49,10 @@ def test_typos_are_answered(
         (("inspect", "nowhere.safetensors"), "no such file"),
         (("generate", "./nowhere", "--prompt", "x"), "no such folder"),
         (("generate", "a/b/c", "--prompt", "x"), "MODEL must be"),
-        (("generate", "small", "--prompt", "x", "--classifier", "c.safetensors"), "--two-pass"),
+        (("generate", "small", "--prompt", "x", "--classifier", "c.st"), "--strategy classifier"),
+        (("generate", "small", "--prompt", "x", "--strategy", "prompt"), "at least one --expert"),
+        (("generate", "small", "--prompt", "x", "--task", "t"), "--strategy few-shot"),
+        (("chat", "small", "--strategy", "few-shot", "--expert", "f"), "--mixtures FOLDER"),
         (("generate", "small"), "--prompt must be given"),
         (("generate", "small", "--prompt", "x", "--max-new-tokens", "0"), "at least 1, got 0"),
         (("generate", "small", "--prompt", "x", "--max-new-tokens", "-3"), "at least 1, got -3"),
@@ -72,7 +75,7 @@ def test_help_in_a_process_of_its_own() -> None:
         [sys.executable, "-m", "t2runtime", "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    for command in ("env", "decompose", "train", "generate", "inspect", "bench", "demo"):
+    for command in ("env", "decompose", "train", "generate", "chat", "inspect", "bench", "demo"):
         assert command in done.stdout
 
 
@@ -117,7 +120,7 @@ def test_inspect_refuses_another_file(capsys: pytest.CaptureFixture[str], tmp_pa
 
 
 def test_train_generate_inspect_decompose(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, small: Any
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole way of a user, with a training run of two steps."""
     store, expert = str(tmp_path / "store"), str(tmp_path / "add.safetensors")
@@ -142,10 +145,27 @@ def test_train_generate_inspect_decompose(
     rows = json.loads(out)["outputs"]
     assert [row["mixture"] for row in rows] == [{"add": 0.5}] * 2
     code, out, err = call(
-        capsys, "generate", "small", "--expert", expert, *asked, "--two-pass", "--json"
+        capsys, "generate", "small", "--expert", expert, *asked, "--strategy", "prompt", "--json"
     )
     assert code == 0, err
     assert all(row["category"] in {"add", "other"} for row in json.loads(out)["outputs"])
+
+    lines = iter(["37+48=", "/experts", "/new", "/what", "x" * 70, "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    code, out, err = call(
+        capsys, "chat", "small", "--expert", expert, "--strategy", "prompt",
+        "--max-new-tokens", "4",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "pass 1: add" in out and "no chat template" in out and "add: add on small" in out
+    assert "error: the prompt has 71 tokens" in out and out.endswith("2 turns\n")
+
+
+def test_generate_says_which_request_failed(capsys: pytest.CaptureFixture[str], small: Any) -> None:
+    words = ("generate", "small", "--prompt", "x" * 70, "--prompt", "1+1=", "--max-new-tokens", "2")
+    code, out, err = call(capsys, *words)
+    assert code == 1 and not err
+    assert "error: the prompt has 71 tokens" in out and "[base] 1+1=\n" in out
 
 
 def test_what_decompose_did(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from t2runtime.adapt.compare import Comparison, compare
 from t2runtime.adapt.fewshot import FewShot, Space, search
 from t2runtime.adapt.gradient import gradient_ascent
 from t2runtime.adapt.mixtures import TaskMixture, load_mixture, load_mixtures, save_mixture
-from t2runtime.adapt.prompt import Categories, name_categories
+from t2runtime.adapt.prompt import Categories, Verdict, classify
 from t2runtime.adapt.record import Record, measure_record
 from t2runtime.adapt.router import Router, RouterConfig, train_router
 from t2runtime.adapt.search import cma_es, random_search
@@ -24,6 +24,8 @@ __all__ = [
     "SearchResult",
     "Space",
     "TaskMixture",
+    "Verdict",
+    "classify",
     "cma_es",
     "compare",
     "cross_entropy_method",
@@ -33,7 +35,6 @@ __all__ = [
     "load_mixture",
     "load_mixtures",
     "measure_record",
-    "name_categories",
     "random_search",
     "save_mixture",
     "search",

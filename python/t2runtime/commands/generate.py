@@ -1,5 +1,5 @@
-"""`t2 generate MODEL --expert FILE[=WEIGHT] --prompt ...`: one mixture for all prompts, or two
-passes.
+"""`t2 generate MODEL --expert FILE[=WEIGHT] --prompt ... [--strategy S]`: one mixture for all
+prompts, or one that pass 1 chooses for each.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import t2kernels as t2k
-from t2runtime.adapt.prompt import SMALL, Categories
+from t2runtime.adapt.weights import Mixture
 from t2runtime.commands.train import targets
-from t2runtime.engine import TwoPass
-from t2runtime.generation import complete, room
-from t2runtime.loading import load
+from t2runtime.engine import Transformer2
 
-_CLASSIFIER = "classifier"
+#: The mixture that the weights of --expert say, and no pass 1.
+FIXED = "fixed"
 
 
 def parse_expert(text: str) -> tuple[Path, float]:
@@ -36,65 +35,96 @@ def parse_expert(text: str) -> tuple[Path, float]:
         ) from None
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Load, convert, fill the bank with the files given (named after them), generate."""
-    if not args.prompt:
-        raise ValueError("--prompt must be given at least once")
+def expert_files(given: list[str]) -> dict[str, tuple[Path, float]]:
+    """{name: (file, weight)}: experts are called like their files; a folder stands for all in it
+    that are called *.safetensors.
+    """
+    found: dict[str, tuple[Path, float]] = {}
+    for path, weight in map(parse_expert, given):
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if not files:
+            raise ValueError(f"--expert: the folder {path} holds no *.safetensors")
+        for file in files:
+            if file.stem in found:
+                raise ValueError(f"--expert: two files are called {file.stem!r}; rename one")
+            found[file.stem] = (file, weight)
+    return found
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise for options that do not go together, before anything is loaded."""
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
-    weights: dict[str, float] = {}
-    experts: dict[str, Any] = {}
-    for path, weight in map(parse_expert, args.expert):
-        if path.stem in experts:
-            raise ValueError(f"--expert: two files are called {path.stem!r}; rename one")
-        experts[path.stem], weights[path.stem] = t2k.Expert.load(path), weight
-    if args.two_pass and not experts:
-        raise ValueError("--two-pass needs at least one --expert to choose from")
-    if args.classifier and not args.two_pass:
-        raise ValueError("--classifier is for pass 1: give --two-pass as well, or leave it out")
-    if args.two_pass and args.chat != "auto":
-        raise ValueError(
-            f"--chat is not for --two-pass, which decides by the model; got {args.chat}"
-        )
-    model, tokenizer = load(args.model, args.dtype, args.device)
-    t2k.convert(model, targets=targets(args.targets), decomposition=args.factors)
-    new_tokens = args.max_new_tokens or room(model, tokenizer, args.prompt, 64, args.chat)
-    bank = t2k.ExpertBank(model)
-    for name, expert in experts.items():
-        bank.add(name, expert, allow_mismatch=args.allow_mismatch)
-    if not args.two_pass:
-        with bank.use(weights or None):
-            texts = complete(model, tokenizer, args.prompt, new_tokens, chat=args.chat).texts
-        rows = [
-            {"prompt": p, "text": t, "mixture": weights or None}
-            for p, t in zip(args.prompt, texts, strict=True)
-        ]
-        return {"outputs": rows}
-    if args.classifier:
-        classifier = t2k.Expert.load(args.classifier)
-        bank.add(_CLASSIFIER, classifier, allow_mismatch=args.allow_mismatch)
-    categories = (
-        dataclasses.replace(SMALL, names=tuple(experts))
-        if args.model == "small"
-        else Categories(tuple(experts))
-    )
-    mixtures = {name: {name: weight} for name, weight in weights.items()}
-    engine = TwoPass(
-        model, tokenizer, bank, categories, _CLASSIFIER if args.classifier else None, mixtures
-    )
-    outputs = engine.generate(args.prompt, new_tokens)
-    return {
-        "outputs": [
-            {"prompt": p, **dataclasses.asdict(output)}
-            for p, output in zip(args.prompt, outputs, strict=True)
-        ]
+    if args.strategy == "classifier" and not args.classifier:
+        raise ValueError("--strategy classifier needs --classifier FILE, the expert of pass 1")
+    if args.classifier and args.strategy != "classifier":
+        raise ValueError("--classifier is for pass 1: give --strategy classifier, or leave it out")
+    if args.strategy == "few-shot" and not (args.mixtures and args.task):
+        raise ValueError("--strategy few-shot needs --mixtures FOLDER and --task NAME")
+    if (args.mixtures or args.task) and args.strategy != "few-shot":
+        raise ValueError("--mixtures and --task are for --strategy few-shot")
+    if args.strategy != FIXED and not args.expert:
+        raise ValueError(f"--strategy {args.strategy} needs at least one --expert to choose from")
+
+
+def engine(args: argparse.Namespace) -> tuple[Transformer2, str | dict[str, float] | None]:
+    """The model with the bank that the options describe, and what `generate` is told."""
+    check(args)
+    given = expert_files(args.expert)
+    experts = {name: t2k.Expert.load(path) for name, (path, _) in given.items()}
+    weights = {name: weight for name, (_, weight) in given.items()}
+    meant: dict[str, Mixture] = {
+        name: {name: weight} for name, weight in weights.items() if weight != 1
     }
+    t2 = Transformer2.from_pretrained(
+        args.model, experts, targets=targets(args.targets), dtype=args.dtype, device=args.device,
+        factors=args.factors, classifier=args.classifier, allow_mismatch=args.allow_mismatch,
+        mixtures=args.mixtures or meant, chat=args.chat,
+    )  # fmt: skip
+    return t2, (weights or None) if args.strategy == FIXED else args.strategy
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Load, convert, fill the bank, answer all prompts as one batch."""
+    if not args.prompt:
+        raise ValueError("--prompt must be given at least once")
+    t2, strategy = engine(args)
+    outputs = t2.generate(
+        args.prompt, strategy, max_new_tokens=args.max_new_tokens, stop=args.stop, task=args.task
+    )
+    rows = [
+        {"prompt": prompt, **dataclasses.asdict(output)}
+        for prompt, output in zip(args.prompt, outputs, strict=True)
+    ]
+    return {"outputs": rows, "exit_code": int(any(output.error for output in outputs))}
+
+
+def who(row: dict[str, Any]) -> str:
+    """Which experts answered, and how sure pass 1 was.
+
+    >>> who({"mixture": {"math": 0.5}, "category": "math", "probabilities": {"math": 0.75}})
+    'math 0.50; pass 1: math 75 %'
+    >>> who({"mixture": None, "category": None, "probabilities": None})
+    'base'
+    """
+    mixture = row["mixture"]
+    if isinstance(mixture, dict) and "task" in mixture:
+        answered = f"found for {mixture['task']}"
+    elif isinstance(mixture, dict):
+        answered = " + ".join(f"{name} {weight:.2f}" for name, weight in mixture.items())
+    else:
+        answered = mixture or "base"
+    if row["probabilities"] is None:
+        return answered
+    likely = sorted(row["probabilities"].items(), key=lambda item: -item[1])[:3]
+    said = ", ".join(f"{name} {100 * share:.0f} %" for name, share in likely if share >= 0.005)
+    return f"{answered}; pass 1: {said}"
 
 
 def show(result: dict[str, Any]) -> str:
     """One block per prompt."""
-    blocks = []
-    for row in result["outputs"]:
-        category = f" ({row['category']})" if "category" in row else ""
-        blocks.append(f"[{row['mixture'] or 'base'}{category}] {row['prompt']}\n{row['text']}")
-    return "\n\n".join(blocks)
+    return "\n\n".join(
+        f"[{who(row)}] {row['prompt']}\n"
+        + (f"error: {row['error']}" if row["error"] else row["text"])
+        for row in result["outputs"]
+    )

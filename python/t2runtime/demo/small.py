@@ -15,9 +15,10 @@ import t2kernels as t2k
 from t2runtime import tasks
 from t2runtime.adapt.classifier import train_classifier
 from t2runtime.adapt.fewshot import search, without_shots
-from t2runtime.adapt.prompt import SMALL, name_categories
+from t2runtime.adapt.prompt import SMALL, classify
+from t2runtime.adapt.weights import Mixture
 from t2runtime.demo import cost
-from t2runtime.engine import Mixture, TwoPass
+from t2runtime.engine import Transformer2
 from t2runtime.evaluate import Score, evaluate
 from t2runtime.generation import complete
 from t2runtime.loading import load
@@ -94,7 +95,9 @@ def run(out: Path, seed: int, say: Say) -> dict[str, Any]:
 
     found = _few_shot(model, tokenizer, bank, seed, tests, table, score, say)
     mixtures: dict[str, Mixture] = {name: found[name]["mixture"] for name in tasks.SKILLS}
-    engine = TwoPass(model, tokenizer, bank, SMALL, CLASSIFIER, mixtures)
+    engine = Transformer2(
+        model, tokenizer, bank, categories=SMALL, classifier=CLASSIFIER, mixtures=mixtures
+    )
     batch = [tests[name][0] for name in tasks.CATEGORIES]
     results: dict[str, Any] = {
         "skills": skills,
@@ -167,8 +170,8 @@ def _dispatch(
         right: dict[str, float] = {}
         for name, problems in tests.items():
             questions = [problem.prompt for problem in problems[:200]]
-            named = name_categories(model, tokenizer, bank, SMALL, questions, under)
-            right[name] = sum(answer == name for answer in named) / len(named)
+            verdicts = classify(model, tokenizer, bank, SMALL, questions, under)
+            right[name] = sum(said.category == name for said in verdicts) / len(verdicts)
         result[way] = {"accuracy": sum(right.values()) / len(right), "by_category": right}
         each = "  ".join(f"{name} {100 * share:5.1f}" for name, share in right.items())
         say(f"  {way:11s}{100 * result[way]['accuracy']:5.1f} %   {each}")
@@ -177,9 +180,12 @@ def _dispatch(
     questions = [problem.prompt for problem in mixed]
     say(f"\nboth passes: answers of one batch of {len(mixed)} mixed questions")
     plain = dict.fromkeys(tasks.SKILLS) | {name: name for name in SKILLS}
-    for way, classifier in (("prompt", None), (CLASSIFIER, CLASSIFIER)):
-        engine = TwoPass(model, tokenizer, bank, SMALL, classifier, plain)
-        texts = [output.text for output in engine.generate(questions, NEW_TOKENS)]
+    engine = Transformer2(
+        model, tokenizer, bank, categories=SMALL, classifier=CLASSIFIER, mixtures=plain
+    )
+    for way in ("prompt", CLASSIFIER):
+        outputs = engine.generate(questions, way, max_new_tokens=NEW_TOKENS)
+        texts = [output.text for output in outputs]
         result[way]["answers"] = _share(texts, mixed, say, way)
     texts = complete(model, tokenizer, questions, NEW_TOKENS).texts
     result["base weights"] = {"answers": _share(texts, mixed, say, "base")}
@@ -234,9 +240,10 @@ def _few_shot(
     return result
 
 
-def _answer(engine: TwoPass, batch: list[Problem], say: Say) -> list[dict[str, Any]]:
+def _answer(engine: Transformer2, batch: list[Problem], say: Say) -> list[dict[str, Any]]:
     """The mixed batch: one question of each category, each with its own mixture."""
-    outputs = engine.generate([problem.prompt for problem in batch], NEW_TOKENS)
+    prompts = [problem.prompt for problem in batch]
+    outputs = engine.generate(prompts, CLASSIFIER, max_new_tokens=NEW_TOKENS)
     say(
         f"\none mixed batch in two passes "
         f"({outputs[0].pass1_seconds:.2f} s + {outputs[0].pass2_seconds:.2f} s)"

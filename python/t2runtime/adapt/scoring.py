@@ -1,0 +1,189 @@
+"""Constrained scoring: the log-probability of every one of a few given texts after every prompt,
+in one forward.
+
+The texts' tokens form a tree behind each prompt; every node sees the prompt and the nodes above
+it, so one row scores all texts, and texts that begin alike share their beginning. What all prompts
+of a batch have in common is computed once, and its keys and values are copied to each row.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2runtime import invariant
+
+#: Attention that takes a mask of its own for every row.
+MASKED = ("sdpa", "eager", invariant.NAME)
+#: Logits held at once: half a GiB in fp32.
+_LOGITS = 1 << 27
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Token sequences that share their beginnings.
+
+    tokens, parents, depths: of each node; a parent of -1 is the prompt. paths: the nodes of each
+    sequence, in order.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    depths: list[int]
+    paths: list[list[int]]
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[int]]) -> Tree:
+        """The tree of the sequences, which must differ and hold a token each.
+
+        >>> tree = Tree.of([[5, 7], [5, 8]])
+        >>> tree.tokens, tree.parents, tree.paths
+        ([5, 7, 8], [-1, 0, 0], [[0, 1], [0, 2]])
+        """
+        tree = cls([], [], [], [])
+        known: dict[tuple[int, int], int] = {}
+        for sequence in sequences:
+            node, path = -1, []
+            for depth, token in enumerate(sequence):
+                if (node, token) not in known:
+                    known[node, token] = len(tree.tokens)
+                    tree.tokens.append(token)
+                    tree.parents.append(node)
+                    tree.depths.append(depth)
+                node = known[node, token]
+                path.append(node)
+            if not path or path in tree.paths:
+                raise ValueError(
+                    f"sequences must differ and hold at least one token each, got {list(sequence)}"
+                )
+            tree.paths.append(path)
+        return tree
+
+    @property
+    def depth(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.depths) + 1
+
+    def sight(self) -> Tensor:
+        """(nodes, nodes) bool: node i sees node j, itself and those above it."""
+        seen = torch.eye(len(self.tokens), dtype=torch.bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:  # a parent comes before its children
+                seen[node] |= seen[parent]
+        return seen
+
+
+def common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """How many leading tokens all rows share; every row keeps at least one of its own.
+
+    >>> common_prefix([[1, 2, 3], [1, 2, 4, 5]]), common_prefix([[1, 2]])
+    (2, 1)
+    """
+    shortest = min(map(len, rows)) - 1
+    first = rows[0]
+    for index in range(shortest):
+        if any(row[index] != first[index] for row in rows):
+            return index
+    return shortest
+
+
+@torch.no_grad()
+def sequence_log_probs(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    sequences: Sequence[Sequence[int]],
+    ends: Sequence[int],
+    *,
+    share_prefix: bool = True,
+    pad: int = 0,
+) -> Tensor:
+    """(rows, sequences) fp64: log p(sequence, then any of `ends` | row) under the weights in force.
+
+    Without `ends` the sequences are scored as they are. `share_prefix=False` computes every row
+    whole; the results agree to rounding. Raises RuntimeError for a model whose attention takes no
+    mask per row, or that takes no positions.
+    """
+    attention = getattr(model.config, "_attn_implementation", None)
+    if attention not in MASKED:
+        raise RuntimeError(
+            f"pass 1 needs attention that takes a mask ({', '.join(MASKED)}), the model has "
+            f"{attention!r}. Call model.set_attn_implementation('sdpa')."
+        )
+    accepted = inspect.signature(model.forward).parameters
+    if "position_ids" not in accepted:
+        raise RuntimeError(
+            f"pass 1 needs a model that takes position_ids, {type(model).__name__} does not"
+        )
+    tree = Tree.of(sequences)
+    prefix = common_prefix(rows) if share_prefix and len(rows) > 1 else 0
+    cache = None
+    if prefix:
+        first = torch.tensor([rows[0][:prefix]], device=model.device)
+        few = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        cache = model(input_ids=first, use_cache=True, **few).past_key_values
+    vocabulary = model.config.get_text_config().vocab_size
+    step = max(1, _LOGITS // (vocabulary * (len(tree.tokens) + 1)))
+    parts = []
+    for start in range(0, len(rows), step):
+        part = [row[prefix:] for row in rows[start : start + step]]
+        own = copy.deepcopy(cache)
+        if own is not None:
+            own.batch_repeat_interleave(len(part))
+        logits = _tree_logits(model, part, tree, prefix, own, pad, "logits_to_keep" in accepted)
+        parts.append(_path_log_probs(logits, tree, ends))
+    return torch.cat(parts)
+
+
+def _tree_logits(
+    model: Any, rows: Sequence[Sequence[int]], tree: Tree, prefix: int, cache: Any, pad: int,
+    keep: bool,
+) -> Tensor:  # fmt: skip
+    """(rows, 1 + nodes, vocabulary): logits after the prompt, then after each node."""
+    B, N, width = len(rows), len(tree.tokens), max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) + tree.tokens for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    column = torch.arange(width)
+    real = column >= (width - lengths)[:, None]  # (B, width)
+    own = (column - (width - lengths)[:, None]).clamp(min=0)
+    positions = prefix + torch.cat([own, lengths[:, None] + torch.tensor(tree.depths)], 1)
+    sees = torch.zeros(B, width + N, prefix + width + N, dtype=torch.bool)
+    sees[:, :, :prefix] = True
+    causal = torch.ones(width, width, dtype=torch.bool).tril()
+    sees[:, :width, prefix : prefix + width] = causal & real[:, None]
+    sees[:, width:, prefix : prefix + width] = real[:, None]
+    sees[:, width:, prefix + width :] = tree.sight()
+    # A finite minimum: rows of padding see nothing, and must not become NaN.
+    mask = torch.zeros(sees.shape, dtype=model.dtype)
+    mask.masked_fill_(~sees, torch.finfo(model.dtype).min)
+    device = model.device
+    few = {"logits_to_keep": N + 1} if keep else {}
+    logits = model(
+        input_ids=ids.to(device),
+        attention_mask=mask[:, None].to(device),
+        position_ids=positions.to(device),
+        past_key_values=cache,
+        use_cache=cache is not None,
+        **few,
+    ).logits
+    return torch.as_tensor(logits)[:, -(N + 1) :]
+
+
+def _path_log_probs(logits: Tensor, tree: Tree, ends: Sequence[int]) -> Tensor:
+    """(rows, sequences): the sum along each path, with the end behind it."""
+    log_probs = logits.float().log_softmax(-1)
+    parents = torch.tensor(tree.parents, device=logits.device) + 1
+    tokens = torch.tensor(tree.tokens, device=logits.device)
+    nodes = log_probs[:, parents, tokens].double()
+    scores = []
+    for path in tree.paths:
+        score = nodes[:, path].sum(1)
+        if ends:
+            score = score + log_probs[:, path[-1] + 1, list(ends)].double().logsumexp(1)
+        scores.append(score)
+    return torch.stack(scores, 1).cpu()

@@ -1,0 +1,111 @@
+"""Greedy answers for a batch of rows that each stop on their own: at the end token, at a stop
+string, or when their tokens are used up. Text can be had while it is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2runtime.generation import decode, end_tokens, pad_left, pad_token, sampling
+
+#: Called with the row and the next piece of its text.
+Stream = Callable[[int, str], None]
+
+
+@torch.no_grad()
+def answer(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Sequence[int]],
+    budgets: Sequence[int],
+    stop: Sequence[str] = (),
+    stream: Stream | None = None,
+) -> list[str]:
+    """The text of each row of token ids: at most `budgets[row]` tokens, without the end token, and
+    up to the first of the `stop` strings.
+
+    `stream` gets pieces that add up to the text, if the tokenizer leaves alone what it has decoded;
+    what may turn out to be part of a stop string, or of a character, is held back.
+    """
+    ids, mask = pad_left(rows, pad_token(tokenizer), model.device)
+    ends = end_tokens(model, tokenizer)
+    watch = _Watch(tokenizer, ids.shape[1], list(budgets), ends, tuple(stop), stream)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max(budgets),
+        pad_token_id=pad_token(tokenizer),
+        stopping_criteria=[watch],
+        **sampling(model, 0.0),
+    )
+    return watch.texts(output)
+
+
+@dataclass
+class _Watch:
+    """What a batch being generated is asked after each token: which rows are done."""
+
+    tokenizer: Any
+    width: int
+    budgets: list[int]
+    ends: list[int]
+    stop: tuple[str, ...]
+    stream: Stream | None
+    lengths: dict[int, int] = field(default_factory=dict)  # new tokens of the rows that are done
+    given: dict[int, str] = field(default_factory=dict)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **more: Any) -> Tensor:
+        """(rows,) bool, True where a row is done."""
+        new = input_ids.shape[1] - self.width
+        last = input_ids[:, -1].tolist()
+        for row, budget in enumerate(self.budgets):
+            if row in self.lengths:
+                continue
+            ended = last[row] in self.ends
+            done = ended or new >= budget
+            if self.stop or self.stream:
+                text = decode(self.tokenizer, input_ids[row, self.width : self.width + new - ended])
+                done = self._said(row, text, done) or done
+            if done:
+                self.lengths[row] = new - ended
+        done_rows = [row in self.lengths for row in range(len(self.budgets))]
+        return torch.tensor(done_rows, device=input_ids.device)
+
+    def _said(self, row: int, text: str, done: bool) -> bool:
+        """Pass on what is certain of the row's text so far; whether a stop string is in it."""
+        cut = self._cut(text)
+        stopped = len(cut) < len(text)
+        if self.stream:
+            certain = cut if stopped or done else cut[: len(cut) - self._open(cut)]
+            before = self.given.get(row, "")
+            if len(certain) > len(before) and certain.startswith(before):
+                self.given[row] = certain
+                self.stream(row, certain[len(before) :])
+        return stopped
+
+    def _cut(self, text: str) -> str:
+        """The text up to the first stop string."""
+        found = [at for at in map(text.find, self.stop) if at >= 0]
+        return text[: min(found)] if found else text
+
+    def _open(self, text: str) -> int:
+        """Characters at the end that may become part of a stop string or of another character."""
+        most = len(text) - len(text.rstrip("\ufffd"))
+        for word in self.stop:
+            for length in range(1, min(len(word), len(text) + 1)):
+                if text.endswith(word[:length]):
+                    most = max(most, length)
+        return most
+
+    def texts(self, output: Tensor) -> list[str]:
+        """The finished texts; rows that the model ended otherwise count whole."""
+        new = output[:, self.width :]
+        return [
+            self._cut(decode(self.tokenizer, row[: self.lengths.get(index, new.shape[1])]))
+            for index, row in enumerate(new)
+        ]
