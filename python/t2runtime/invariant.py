@@ -160,12 +160,14 @@ def _attention(
     seen = mask if mask.dtype == torch.bool else mask > floor
     starts = seen[:, 0].any(1).int().argmax(1).tolist()
     out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+    # Copies: what a library makes of a matrix may depend on where its memory begins.
+    dense = torch.contiguous_format
     for row, start in enumerate(starts):
         first = max(0, start - (key.shape[2] - query.shape[2]))
-        q = query[row : row + 1, :, first:].contiguous()
-        k = key[row : row + 1, :, start:].repeat_interleave(groups, 1).contiguous()
-        v = value[row : row + 1, :, start:].repeat_interleave(groups, 1).contiguous()
-        own = mask[row : row + 1, :, first:, start:].contiguous()
+        q = query[row : row + 1, :, first:].clone(memory_format=dense)
+        k = key[row : row + 1, :, start:].repeat_interleave(groups, 1).clone(memory_format=dense)
+        v = value[row : row + 1, :, start:].repeat_interleave(groups, 1).clone(memory_format=dense)
+        own = mask[row : row + 1, :, first:, start:].clone(memory_format=dense)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=own, scale=scaling)
         out[row, first:] = y[0].transpose(0, 1)
     return out, None
