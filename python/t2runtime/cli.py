@@ -147,6 +147,22 @@ def _eval(commands: Any) -> None:
     p.add_argument("--seed", type=int, default=0, help="of generated tasks")
 
 
+def _classify(commands: Any) -> None:
+    p = _add(commands, "classify", "what pass 1 confuses, and whether its probabilities hold")
+    _model_options(p)
+    p.add_argument("--task", required=True, help="category, category:a+b, or a file of labels")
+    p.add_argument("--data", metavar="PATH", help="file or folder of the task's data")
+    p.add_argument("--classifier", action="append", default=[], metavar="FILE",
+                   help="expert under which pass 1 runs; the base is always reported")  # fmt: skip
+    p.add_argument("--split", choices=("test", "validation"), default="test")
+    p.add_argument("--limit", type=int, default=600, help="at most so many questions")
+    p.add_argument("--rows", type=int, default=64, help="questions asked at once")
+    p.add_argument(
+        "--allow-mismatch", action="store_true", help="take experts made for another base weight"
+    )
+    p.add_argument("--seed", type=int, default=0, help="of generated tasks")
+
+
 def _answering(commands: Any) -> None:
     p = _add(commands, "generate", "answer prompts under a mixture of experts, or in two passes")
     _answer_options(p)
@@ -209,6 +225,7 @@ def build_parser() -> argparse.ArgumentParser:
     _adapt(commands)
     _eval(commands)
 
+    _classify(commands)
     _answering(commands)
 
     p = _add(commands, "inspect", "what expert files or a factor store hold")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class CategorySource:
     name: str = "category"
 
     def __post_init__(self) -> None:
-        known = (*self.categories.names, self.categories.other)
+        known = self.categories.all_names
         unknown = sorted(set(self.sources) - set(known))
         if unknown or not self.sources:
             raise ValueError(
@@ -57,10 +57,19 @@ class CategorySource:
         return sum(getattr(source, "skipped", 0) for source in self.sources.values())
 
     def __call__(self, count: int, split: Split, seed: int) -> list[Problem]:
-        """`count` questions in random order, fewer where the sources have no more."""
+        """`count` questions as pass 1 asks them, in random order; fewer where the sources have no
+        more.
+        """
+        return [
+            replace(problem, prompt=self.categories.prompt(problem.prompt))
+            for problem in self.questions(count, split, seed)
+        ]
+
+    def questions(self, count: int, split: Split, seed: int) -> list[Problem]:
+        """The same questions without pass 1's words around them."""
         share = -(-count // len(self.sources))
         drawn = [
-            Problem(self.categories.prompt(problem.prompt), name, self.name)
+            Problem(problem.prompt, name, self.name)
             for name, source in self.sources.items()
             for problem in source(share, split, seed)
         ]

@@ -101,7 +101,7 @@ class Categories:
         """
         plain = not uses_template(tokenizer, chat)
         before = self.template.rpartition("{question}")[2] if plain else ""
-        lead = self.lead if before else ""
+        lead = self.lead if plain else ""
 
         def ids(text: str) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -123,7 +123,7 @@ class Categories:
 
 
 #: For the small model: its own way to ask, one name per generated skill.
-SMALL = Categories(tuple(tasks.SKILLS), tasks.category.PREFIX + "{question}")
+SMALL = Categories(tuple(tasks.SKILLS), tasks.category.PREFIX + "{question}", lead="")
 
 
 @dataclass(frozen=True)
