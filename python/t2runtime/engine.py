@@ -157,11 +157,11 @@ class Transformer2:
                 bank.add(name, expert, allow_mismatch=allow_mismatch)
         elif experts is not None:
             bank.load(experts, allow_mismatch=allow_mismatch)
-        if classifier is not None and classifier not in bank:
+        if classifier is not None and str(classifier) not in bank:
             path, classifier = Path(classifier), Path(classifier).stem
             bank.add(classifier, t2k.Expert.load(path), allow_mismatch=allow_mismatch)
-        return cls(model, tokenizer, bank,
-                   classifier=None if classifier is None else str(classifier), **more)  # fmt: skip
+        name = None if classifier is None else str(classifier)
+        return cls(model, tokenizer, bank, classifier=name, **more)
 
     # -- what pass 1 may say, and what it means ------------------------------------------------
 

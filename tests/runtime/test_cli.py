@@ -150,6 +150,15 @@ def test_train_generate_inspect_decompose(
     assert code == 0, err
     assert all(row["category"] in {"add", "other"} for row in json.loads(out)["outputs"])
 
+    sorter = tmp_path / "sorter.safetensors"
+    shutil.copy(expert, sorter)
+    both = ("--expert", expert, "--expert", str(sorter), "--classifier", str(sorter))
+    code, out, err = call(
+        capsys, "generate", "small", *both, *asked, "--strategy", "classifier", "--json"
+    )
+    assert code == 0, err
+    assert set(json.loads(out)["outputs"][0]["probabilities"]) == {"add", "other"}
+
     lines = iter(["37+48=", "/experts", "/new", "/what", "x" * 70, "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     code, out, err = call(

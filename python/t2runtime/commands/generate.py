@@ -76,9 +76,12 @@ def engine(args: argparse.Namespace) -> tuple[Transformer2, str | dict[str, floa
     meant: dict[str, Mixture] = {
         name: {name: weight} for name, weight in weights.items() if weight != 1
     }
+    classifier = Path(args.classifier) if args.classifier else None
+    if classifier and classifier.resolve() in (path.resolve() for path, _ in given.values()):
+        classifier = Path(classifier.stem)  # one of a folder of experts: loaded already
     t2 = Transformer2.from_pretrained(
         args.model, experts, targets=targets(args.targets), dtype=args.dtype, device=args.device,
-        factors=args.factors, classifier=args.classifier, allow_mismatch=args.allow_mismatch,
+        factors=args.factors, classifier=classifier, allow_mismatch=args.allow_mismatch,
         mixtures=args.mixtures or meant, chat=args.chat,
     )  # fmt: skip
     return t2, (weights or None) if args.strategy == FIXED else args.strategy
