@@ -1,6 +1,7 @@
 """Both passes: dispatch per request, streaming, stop strings, and requests that fail alone."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,18 @@ def test_from_pretrained(small: Any, tmp_path: Path) -> None:
     assert t2.generate(["37+48="], "classifier", max_new_tokens=2)[0].error is None
     with pytest.raises(FileNotFoundError, match="no \\*.safetensors"):
         Transformer2.from_pretrained("small", tmp_path / "none", device="cpu")
+
+
+def test_the_page_runs_as_printed(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "two-pass.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    random_bank(small[0], ("add", "reverse"), 0.05).save(tmp_path / "experts")
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(line.endswith("None") for line in lines)
 
 
 @pytest.mark.skipif(
