@@ -160,8 +160,8 @@ class Transformer2:
         if classifier is not None and str(classifier) not in bank:
             path, classifier = Path(classifier), Path(classifier).stem
             bank.add(classifier, t2k.Expert.load(path), allow_mismatch=allow_mismatch)
-        name = None if classifier is None else str(classifier)
-        return cls(model, tokenizer, bank, classifier=name, **more)
+        sorter = None if classifier is None else str(classifier)
+        return cls(model, tokenizer, bank, classifier=sorter, **more)
 
     # -- what pass 1 may say, and what it means ------------------------------------------------
 
