@@ -121,7 +121,10 @@ def sequence_log_probs(
             f"pass 1 needs a model that takes position_ids, {type(model).__name__} does not"
         )
     tree = Tree.of(sequences)
+    window = _window(model)
     prefix = common_prefix(rows) if share_prefix and len(rows) > 1 else 0
+    if window is not None and prefix >= window:  # such a cache has forgotten its beginning
+        prefix = 0
     cache = None
     if prefix:
         first = torch.tensor([rows[0][:prefix]], device=model.device)
@@ -135,43 +138,76 @@ def sequence_log_probs(
         own = copy.deepcopy(cache)
         if own is not None:
             own.batch_repeat_interleave(len(part))
-        logits = _tree_logits(model, part, tree, prefix, own, pad, "logits_to_keep" in accepted)
+        ids, positions, sees = _layout(part, tree, prefix, pad)
+        few = {"logits_to_keep": len(tree.tokens) + 1} if "logits_to_keep" in accepted else {}
+        output = model(
+            input_ids=ids.to(model.device),
+            attention_mask=_masks(model, sees, positions, prefix, window),
+            position_ids=positions.to(model.device),
+            past_key_values=own,
+            use_cache=own is not None,
+            **few,
+        )
+        logits = torch.as_tensor(output.logits)[:, -(len(tree.tokens) + 1) :]
         parts.append(_path_log_probs(logits, tree, ends))
     return torch.cat(parts)
 
 
-def _tree_logits(
-    model: Any, rows: Sequence[Sequence[int]], tree: Tree, prefix: int, cache: Any, pad: int,
-    keep: bool,
-) -> Tensor:  # fmt: skip
-    """(rows, 1 + nodes, vocabulary): logits after the prompt, then after each node."""
+def _layout(
+    rows: Sequence[Sequence[int]], tree: Tree, prefix: int, pad: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids and positions (rows, L) of left-padded rows with the tree behind each; and what sees
+    what, (rows, L, prefix + L) bool.
+    """
     B, N, width = len(rows), len(tree.tokens), max(map(len, rows))
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) + tree.tokens for row in rows])
     lengths = torch.tensor([len(row) for row in rows])
-    column = torch.arange(width)
-    real = column >= (width - lengths)[:, None]  # (B, width)
-    own = (column - (width - lengths)[:, None]).clamp(min=0)
-    positions = prefix + torch.cat([own, lengths[:, None] + torch.tensor(tree.depths)], 1)
+    own = torch.arange(width) - (width - lengths)[:, None]  # (B, width), below 0 in padding
+    positions = prefix + torch.cat(
+        [own.clamp(min=0), lengths[:, None] + torch.tensor(tree.depths)], 1
+    )
+    real = own >= 0
     sees = torch.zeros(B, width + N, prefix + width + N, dtype=torch.bool)
     sees[:, :, :prefix] = True
     causal = torch.ones(width, width, dtype=torch.bool).tril()
     sees[:, :width, prefix : prefix + width] = causal & real[:, None]
     sees[:, width:, prefix : prefix + width] = real[:, None]
     sees[:, width:, prefix + width :] = tree.sight()
-    # A finite minimum: rows of padding see nothing, and must not become NaN.
-    mask = torch.zeros(sees.shape, dtype=model.dtype)
-    mask.masked_fill_(~sees, torch.finfo(model.dtype).min)
-    device = model.device
-    few = {"logits_to_keep": N + 1} if keep else {}
-    logits = model(
-        input_ids=ids.to(device),
-        attention_mask=mask[:, None].to(device),
-        position_ids=positions.to(device),
-        past_key_values=cache,
-        use_cache=cache is not None,
-        **few,
-    ).logits
-    return torch.as_tensor(logits)[:, -(N + 1) :]
+    return ids, positions, sees
+
+
+def _window(model: Any) -> int | None:
+    """How far the model's sliding layers look back; None where it has none."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    strange = kinds - {"full_attention", "sliding_attention"}
+    if strange:
+        raise RuntimeError(
+            f"pass 1 needs layers of full or sliding attention, the model has {min(strange)!r}"
+        )
+    if kinds and "sliding_attention" not in kinds:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def _masks(model: Any, sees: Tensor, positions: Tensor, prefix: int, window: int | None) -> Any:
+    """The additive mask (rows, 1, L, prefix + L) that the model takes; one for each kind of layer
+    where there are two.
+    """
+
+    def additive(visible: Tensor) -> Tensor:
+        # A finite minimum: rows of padding see nothing, and must not become NaN.
+        mask = torch.zeros(visible.shape, dtype=model.dtype)
+        mask.masked_fill_(~visible, torch.finfo(model.dtype).min)
+        return mask[:, None].to(model.device)
+
+    if window is None:
+        return additive(sees)
+    keys = torch.cat([torch.arange(prefix).expand(len(positions), -1), positions], 1)
+    near = additive(sees & (positions[:, :, None] - keys[:, None] < window))
+    if not getattr(model.config.get_text_config(), "layer_types", None):
+        return near
+    return {"full_attention": additive(sees), "sliding_attention": near}
 
 
 def _path_log_probs(logits: Tensor, tree: Tree, ends: Sequence[int]) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import t2kernels as t2k
 from t2runtime import tasks
@@ -87,6 +88,44 @@ def test_the_prefix_is_computed_once_and_under_its_own_weights(
     kept.batch_repeat_interleave(2)
     with bank.use("far"), pytest.raises(RuntimeError, match="cache was made under other experts"):
         model(input_ids=torch.tensor([[5], [6]]), past_key_values=kept)
+
+
+@pytest.mark.parametrize("window", [4, 60])
+@pytest.mark.parametrize("kind", ["Gemma3", "Mistral", "Qwen2", "GPT2"])
+def test_models_with_windows_and_without(kind: str, window: int, tokenizer: Any) -> None:
+    """Layers that look back a little way only, all of them or some; positions that are learnt."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 16, "max_position_embeddings": 64, "sliding_window": window,
+        "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    kinds = ["sliding_attention", "full_attention"]
+    if kind == "Gemma3":
+        config = transformers.Gemma3TextConfig(**sizes, layer_types=kinds)
+        model = transformers.Gemma3ForCausalLM(config)
+    elif kind == "Mistral":
+        model = transformers.MistralForCausalLM(transformers.MistralConfig(**sizes))
+    elif kind == "Qwen2":
+        config = transformers.Qwen2Config(**sizes, use_sliding_window=True, layer_types=kinds)
+        model = transformers.Qwen2ForCausalLM(config)
+    else:
+        config = transformers.GPT2Config(
+            vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64,
+            initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        model = transformers.GPT2LMHeadModel(config)
+    model.eval()
+    rows = rows_of(model, tokenizer, QUESTIONS)
+    found = sequence_log_probs(model, rows, SMALL.replies(tokenizer), [tokenizer.eos_token_id])
+    for name, column in zip(SMALL.all_names, found.T, strict=True):
+        prompts = [SMALL.prompt(question) for question in QUESTIONS]
+        given = forced(tokenizer, prompts, [name] * len(prompts), model)
+        with torch.no_grad():
+            chosen = answer_log_probs(model, given).gather(-1, given.new_ids[..., None])[..., 0]
+        expected = (chosen * given.sampled).sum(1).double()
+        torch.testing.assert_close(column, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_many_categories_in_pieces(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
