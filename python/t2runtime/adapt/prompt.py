@@ -25,9 +25,10 @@ from t2runtime.generation import (
     uses_template,
 )
 
+# Little behind the question: what stands before it is computed once for a whole batch.
 INSTRUCTION = (
     "Analyze the given question and classify it into one of these categories:\n{names}\n"
-    "Question: {question}\nAnswer with the name of the category only.\nCategory:"
+    "Answer with the name of the category only.\nQuestion: {question}\nCategory:"
 )
 
 
