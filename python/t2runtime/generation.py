@@ -183,19 +183,6 @@ def check_context(model: Any, lengths: Sequence[int], max_new_tokens: int) -> No
         )
 
 
-def room(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], most: int, chat: str = "auto"
-) -> int:
-    """New tokens that fit behind every prompt: `most`, or fewer; at least 1, so that a prompt that
-    fills the context is refused where it is used.
-    """
-    context = context_length(model)
-    if context is None or not prompts:
-        return most
-    longest = max(len(prompt_ids(tokenizer, prompt, chat)) for prompt in prompts)
-    return max(1, min(most, context - longest))
-
-
 def encode(
     tokenizer: Any, prompts: Sequence[Prompt], device: torch.device, chat: str = "auto"
 ) -> tuple[Tensor, Tensor]:
