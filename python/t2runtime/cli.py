@@ -51,11 +51,20 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _conversions(commands: Any) -> None:
-    p = _add(commands, "convert", "an expert of the paper authors' public code to one of ours")
-    p.add_argument("file", help="policy_params.pt or learnable_params.pt")
-    p.add_argument("--model", required=True, help="local folder of the model it was trained on")
+    text = "an expert of the paper authors' code to ours, or ours to another model of its shapes"
+    p = _add(commands, "convert", text)
+    p.add_argument("file", help="policy_params.pt or learnable_params.pt; or our .safetensors")
+    p.add_argument(
+        "--model", required=True,
+        help="'small' or a local folder: the model of the authors' file, or the one to transfer to",
+    )  # fmt: skip
     p.add_argument("--out", required=True, help="expert file to write (.safetensors)")
-    p.add_argument("--max-mult", type=float, default=1.0, help="max_mult of its training")
+    p.add_argument(
+        "--order", choices=("sigma", "shuffled"),
+        help="of a transfer: k-th z to k-th singular value (default), or to a random one",
+    )  # fmt: skip
+    p.add_argument("--seed", type=int, help="of --order shuffled (default 0)")
+    p.add_argument("--max-mult", type=float, help="max_mult of its training (default 1)")
     p.add_argument(
         "--mask",
         choices=("bf16-sigmoid", "sigmoid", "none"),
