@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -203,12 +204,26 @@ class SVFModel(BaseTuner):
             init_weights=True, fingerprints=marks,
         )  # fmt: skip
         self.inject_adapter(self.model, adapter_name)
+        try:
+            self._write_mixture(adapters, weights, adapter_name, form)
+        except BaseException:
+            self._withdraw(self.model, adapter_name)
+            self.peft_config.pop(adapter_name)
+            raise
+
+    def _write_mixture(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, form: str
+    ) -> None:
+        """Write the mixture into z of every layer of the adapter.
+
+        Mixed on the CPU, where a mixture that divides by 0 is found and refused.
+        """
+        alpha = torch.tensor([list(weights)], dtype=torch.float32)
         for layer in self.modules():
             if isinstance(layer, SVFTunerLinear) and adapter_name in layer.svf_z:
-                ones = torch.ones(layer.rank, device=layer.factors.S.device)
-                Z = [layer.multiplier(a) if a in layer.svf_z else ones for a in adapters]
-                alpha = torch.tensor([list(weights)], dtype=torch.float32, device=ones.device)
-                z = t2k.mix(torch.stack(Z), alpha, form, layer.factors.S.float())[0]
+                ones = torch.ones(layer.rank)
+                Z = [layer.multiplier(a).cpu() if a in layer.svf_z else ones for a in adapters]
+                z = t2k.mix(torch.stack(Z), alpha, form, layer.factors.S.float().cpu())[0]
                 target: torch.Tensor = layer.svf_z[adapter_name].weight  # type: ignore[assignment]
                 target.copy_(z[: target.shape[0]])
 
@@ -241,8 +256,10 @@ class SVFModel(BaseTuner):
                     f"add_weighted_adapter: {adapter!r} has modules_to_save, whose weights have no "
                     "mixture."
                 )
-        if combination == "paper-normalised" and sum(weights) == 0:
-            raise ValueError("add_weighted_adapter: 'paper-normalised' divides by Σw, which is 0.")
+        if not all(map(math.isfinite, weights)):
+            raise ValueError(
+                f"add_weighted_adapter: weights must be finite numbers, got {list(weights)}."
+            )
 
     # -- adapters by row -----------------------------------------------------------------------
 

@@ -105,11 +105,14 @@ def test_bad_mixtures(kit, base):
         ((["math", "code"], [1.0], "new"), "2 adapters and 1 weights"),
         (([], [], "new"), "at least one"),
         ((["math"], [1.0], "new", "svd"), "combination_type must be one of"),
-        ((["math", "code"], [1.0, -1.0], "new", "paper-normalised"), "which is 0"),
+        ((["math", "code"], [1.0, -1.0], "new", "paper-normalised"), "divides by Σα"),
+        ((["math", "math"], [1.0, -1.0], "new", "authors"), "which is 0"),
+        ((["math", "code"], [1.0, float("nan")], "new"), "must be finite"),
     ):
         with pytest.raises(ValueError, match=message):
             add(*arguments)
     assert set(model.peft_config) == {"math", "code"}
+    assert all("new" not in layer.svf_z for layer in svf.tuner_layers(model).values())
     model.add_adapter("whole", svf.SVFConfig(modules_to_save=["lm_head"]))
     with pytest.raises(ValueError, match="modules_to_save"):
         add(["whole"], [1.0], "new")
