@@ -17,7 +17,6 @@ from t2runtime import options
 from t2runtime.parser import Parser
 from t2runtime.rewards import EXTRACTORS
 
-_TASK = "gsm8k, mbpp, add, story:animal, ..., category:a+b, or a .jsonl file"
 _CHAT = "whether prompts go into the chat template (default: where there is one)"
 _TARGETS = "all-linear, mlp, attention, names with commas, or a regex"
 #: The library speaks to programs; here the same thing is an option.
@@ -99,7 +98,7 @@ def _conversions(commands: Any) -> None:
 def _train(commands: Any) -> None:
     p = _add(commands, "train", "train an expert, or LoRA, DoRA, IA3 beside it")
     _model_options(p)
-    p.add_argument("--task", required=True, help=_TASK)
+    p.add_argument("--task", required=True, help=options.TASK)
     p.add_argument("--data", metavar="PATH", help="file or folder of the task's data")
     p.add_argument("--extract", choices=EXTRACTORS, help="read answers in another way")
     p.add_argument("--skip-bad-lines", action="store_true", help="leave out broken data lines")
@@ -122,12 +121,13 @@ def _train(commands: Any) -> None:
 
 
 def _adapt(commands: Any) -> None:
-    p = _add(commands, "adapt", "find a mixture of experts for a task from a few labelled problems")
+    p = _add(
+        commands,
+        "adapt",
+        "find a mixture of experts for a task from a few labelled problems, or a router",
+    )
     _model_options(p)
-    p.add_argument("--task", required=True, help=_TASK)
-    p.add_argument("--data", metavar="PATH", help="file or folder of the task's data")
-    p.add_argument("--extract", choices=EXTRACTORS, help="read answers in another way")
-    p.add_argument("--skip-bad-lines", action="store_true", help="leave out broken data lines")
+    options.tasks(p)
     p.add_argument("--chat", choices=("auto", "on", "off"), default="auto", help=_CHAT)
     options.adapting(p)
     p.add_argument(
@@ -136,24 +136,14 @@ def _adapt(commands: Any) -> None:
 
 
 def _eval(commands: Any) -> None:
-    p = _add(commands, "eval", "greedy accuracy of the base and of experts on a task")
+    p = _add(commands, "eval", "greedy accuracy of the base, of experts and of strategies on tasks")
     _model_options(p)
-    p.add_argument("--task", required=True, help=_TASK)
-    p.add_argument("--data", metavar="PATH", help="file or folder of the task's data")
-    p.add_argument(
-        "--expert", action="append", default=[], metavar="FILE", help="or a folder of PEFT's"
-    )
+    options.tasks(p)
     p.add_argument("--chat", choices=("auto", "on", "off"), default="auto", help=_CHAT)
-    p.add_argument("--split", choices=("test", "validation"), default="test")
-    p.add_argument("--limit", type=int, default=256, help="at most so many problems")
-    p.add_argument("--rows", type=int, default=64, help="problems generated at once")
-    p.add_argument("--max-new-tokens", type=int, help="default: what the task says")
-    p.add_argument("--extract", choices=EXTRACTORS, help="read answers in another way")
-    p.add_argument("--skip-bad-lines", action="store_true", help="leave out broken data lines")
+    options.evaluating(p)
     p.add_argument(
         "--allow-mismatch", action="store_true", help="take experts made for another base weight"
     )
-    p.add_argument("--seed", type=int, default=0, help="of generated tasks")
 
 
 def _classify(commands: Any) -> None:
@@ -187,15 +177,17 @@ def _answer_options(p: argparse.ArgumentParser) -> None:
                    help="or a folder of them; may be given several times")  # fmt: skip
     p.add_argument(
         "--strategy",
-        choices=("fixed", "prompt", "classifier", "mixture", "few-shot"),
+        choices=("fixed", "prompt", "classifier", "mixture", "few-shot", "router", "record"),
         default="fixed",
         help="fixed: the experts at their weights (default); else pass 1 names one expert per "
         "prompt, on the base or under --classifier, or its probabilities are the weights; or the "
-        "mixture that was found for --task",
+        "mixture that was found for --task; or what --router or --record says of the prompt",
     )
     p.add_argument("--classifier", metavar="FILE", help="expert under which pass 1 runs")
     p.add_argument("--mixtures", metavar="DIR", help="what `t2 adapt` found, one file a task")
     p.add_argument("--task", help="the task whose mixture is used")
+    p.add_argument("--router", metavar="FILE", help="what `t2 adapt --method router` wrote")
+    p.add_argument("--record", metavar="FILE", help="what `t2 adapt --method record` wrote")
     p.add_argument("--max-new-tokens", type=int, help="default: 256, or what the context leaves")
     p.add_argument("--chat", choices=("auto", "on", "off"), default="auto", help=_CHAT)
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer")

@@ -10,9 +10,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,65 +19,31 @@ import torch
 
 import t2kernels as t2k
 from t2runtime.adapt.mixtures import load_mixtures
-from t2runtime.adapt.prompt import SMALL, Categories, Verdict, judge, question_ids
+from t2runtime.adapt.prompt import SMALL, Categories, judge, question_ids
+from t2runtime.adapt.record import Record
+from t2runtime.adapt.router import Router, hidden_features
 from t2runtime.adapt.weights import Mixture, check_mixture, combined, routing
 from t2runtime.decoding import Stream, answer
-from t2runtime.generation import Prompt, context_length, prompt_ids, uses_template
+from t2runtime.generation import (
+    Prompt,
+    context_length,
+    last_user_message,
+    pad_left,
+    pad_token,
+    prompt_ids,
+    uses_template,
+)
 from t2runtime.invariant import invariant_model
 from t2runtime.loading import SMALL_NAME, load
+from t2runtime.request import Decide, Output, Request, asked_of, for_all, requests_of
+
+__all__ = ["STRATEGIES", "Output", "Transformer2"]
 
 #: How the mixture of each request is decided; see `Transformer2.generate`.
-STRATEGIES = ("prompt", "classifier", "mixture", "few-shot")
+STRATEGIES = ("prompt", "classifier", "mixture", "few-shot", "router", "record")
 NEW_TOKENS = 256
 #: Shares of a "mixture" below this count as nothing.
 _LEAST = 1e-3
-
-
-@dataclass(frozen=True)
-class Output:
-    """One answer. The seconds are those of the whole batch's pass, which all its requests waited
-    for.
-
-    mixture: what pass 2 used. category, probabilities: what pass 1 said; None where no pass 1 ran.
-    error: None, or why this request has no answer; its text is then empty.
-    """
-
-    text: str
-    mixture: Mixture
-    category: str | None = None
-    probabilities: dict[str, float] | None = None
-    pass1_seconds: float = 0.0
-    pass2_seconds: float = 0.0
-    error: str | None = None
-
-
-@dataclass
-class _Request:
-    """What becomes of one prompt on its way."""
-
-    prompt: Prompt
-    ids: list[int] = dataclasses.field(default_factory=list)
-    budget: int = 0
-    mixture: Mixture = None
-    verdict: Verdict | None = None
-    text: str = ""
-    error: str | None = None
-
-    def output(self, pass1_seconds: float, pass2_seconds: float) -> Output:
-        """As the caller gets it."""
-        category = self.verdict.category if self.verdict else None
-        probabilities = self.verdict.probabilities if self.verdict else None
-        mixture = None if self.error else self.mixture
-        return Output(self.text, mixture, category, probabilities,
-                      pass1_seconds, pass2_seconds, self.error)  # fmt: skip
-
-    def attempt(self, step: Callable[[_Request], None]) -> None:
-        """Do a step unless an earlier one failed; what is wrong with this request stays with it."""
-        if self.error is None:
-            try:
-                step(self)
-            except (ValueError, TypeError, KeyError) as error:
-                self.error = str(error.args[0]) if error.args else type(error).__name__
 
 
 class Transformer2:
@@ -92,6 +57,8 @@ class Transformer2:
         classifier: the bank's expert under which pass 1 runs with strategy "classifier".
         mixtures: {category or task: mixture}, or a folder of found mixtures; a category that it
             does not name stands for the expert of that name.
+        router, record: a `Router` and a `Record` of past performance, or the files that hold them,
+            for the strategies of these names; tied by hash to the experts they were made for.
         chat: whether prompts go into the tokenizer's chat template: "auto", "on" or "off".
 
     Raises ValueError where a category or the classifier needs an expert that the bank lacks.
@@ -106,6 +73,8 @@ class Transformer2:
         categories: Categories | None = None,
         classifier: str | None = None,
         mixtures: Mapping[str, Mixture] | str | Path | None = None,
+        router: Router | str | Path | None = None,
+        record: Record | str | Path | None = None,
         chat: str = "auto",
     ) -> None:
         self.model, self.tokenizer, self.bank, self.chat = model, tokenizer, bank, chat
@@ -115,6 +84,8 @@ class Transformer2:
         self.mixtures: dict[str, Mixture] = dict(
             load_mixtures(mixtures) if saved else mixtures or {}  # type: ignore[arg-type]
         )
+        self.router = Router.load(router) if isinstance(router, (str, Path)) else router
+        self.record = Record.load(record) if isinstance(record, (str, Path)) else record
         self._categories = categories
         if classifier is not None:
             check_mixture(bank, classifier, "the classifier")
@@ -146,7 +117,7 @@ class Transformer2:
                 `t2kernels.convert`.
             classifier: the name of one of the experts, or the file of one more.
             allow_mismatch: take experts that were made for another base weight.
-            more: categories, mixtures, chat; see the class.
+            more: categories, mixtures, router, record, chat; see the class.
         """
         model, tokenizer = load(model_path, dtype, device)
         t2k.convert(model, targets=targets, decomposition=factors, progress=False)
@@ -194,7 +165,7 @@ class Transformer2:
         prompts: Sequence[Prompt],
         strategy: str | Mapping[str, float] | Sequence[Mixture] | None = "prompt",
         *,
-        max_new_tokens: int | None = None,
+        max_new_tokens: int | Sequence[int] | None = None,
         stop: str | Sequence[str] = (),
         stream: Stream | None = None,
         task: str | None = None,
@@ -207,11 +178,14 @@ class Transformer2:
             strategy: "prompt" (pass 1 on the base names a category), "classifier" (pass 1 under
                 the classification expert), "mixture" (pass 1 on the base; its probabilities are
                 the weights, that of "other" is the base's share), "few-shot" (the found mixture of
-                `task`, no pass 1); else one mixture for all requests: an expert's name, a {name:
-                weight}, None for the base; or a list of these, one per request. An expert that is
-                called like a strategy is reached as {name: 1}.
-            max_new_tokens: of each request; prompt and new tokens must fit into the context.
-                Default: 256, or what the context leaves.
+                `task`, no pass 1), "router" (the router network turns what the base makes of the
+                question into weights), "record" (pass 1 names a category, under the classification
+                expert where there is one, else on the base; the category gets the expert that the
+                record of past performance speaks for); else one mixture for all requests: an
+                expert's name, a {name: weight}, None for the base; or a list of these, one per
+                request. An expert that is called like a strategy is reached as {name: 1}.
+            max_new_tokens: of each request, or a list with one entry per request; prompt and new
+                tokens must fit into the context. Default: 256, or what the context leaves.
             stop: strings that end an answer and are not part of it.
             stream: called with (request, piece of text) while pass 2 runs.
 
@@ -221,42 +195,67 @@ class Transformer2:
         Raises ValueError or TypeError for what concerns all requests: no prompts, an unknown
         strategy or expert, an empty bank. What is wrong with one request is its `error`.
         """
-        if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Sequence):
-            raise TypeError(
-                "prompts must be a list of texts and chats, got "
-                f"{type(prompts).__name__}. Wrap a single prompt: [prompt]"
-            )
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(word, str) and word for word in stop):
             raise ValueError(f"stop must hold strings that are not empty, got {stop!r}")
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        requests = [_Request(prompt) for prompt in prompts]
+        requests = requests_of(prompts, max_new_tokens)
         decide = self._decision(strategy, task, len(requests))
         for request in requests:
-            request.attempt(lambda one: self._read(one, max_new_tokens))
+            request.attempt(self._read)
         start = self._now()
-        with invariant_model(self.model) if t2k.is_batch_invariant() else nullcontext():
+        with self._alone():
             ran = decide(requests)
             middle = self._now()
             self._answer(requests, stop, stream)
         seconds = (middle - start if ran else 0.0, self._now() - middle)
         return [request.output(*seconds) for request in requests]
 
-    def _decision(
-        self, strategy: Any, task: str | None, count: int
-    ) -> Callable[[list[_Request]], bool]:
+    def dispatch(
+        self,
+        prompts: Sequence[Prompt],
+        strategy: str | Mapping[str, float] | Sequence[Mixture] | None = "prompt",
+        *,
+        task: str | None = None,
+    ) -> list[Output]:
+        """Pass 1 alone: outputs with a mixture and no text, for whoever does something else than
+        `generate` with the mixtures. Arguments and errors as there.
+        """
+        requests = requests_of(prompts, 1)
+        decide = self._decision(strategy, task, len(requests))
+        for request in requests:
+            request.attempt(self._read)
+        start = self._now()
+        with self._alone():
+            ran = decide(requests)
+        seconds = self._now() - start if ran else 0.0
+        return [request.output(seconds, 0.0) for request in requests]
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """In batch-invariant mode the whole model is."""
+        return invariant_model(self.model) if t2k.is_batch_invariant() else nullcontext()
+
+    def _decision(self, strategy: Any, task: str | None, count: int) -> Decide:
         """What gives every request its mixture and says whether it took a pass; raises for what
         concerns all of them.
         """
         if isinstance(strategy, str) and strategy in STRATEGIES:
             if strategy == "few-shot":
-                return _for_all(self._found(task))
+                return for_all(self._found(task))
             if strategy == "classifier" and self.classifier is None:
                 raise ValueError(
                     "strategy 'classifier' needs a classification expert: Transformer2(..., "
                     "classifier=name) names one of the bank"
                 )
+            if strategy in ("router", "record"):
+                made = self.router if strategy == "router" else self.record
+                if made is None:
+                    raise ValueError(
+                        f"strategy {strategy!r} needs one: Transformer2(..., {strategy}=FILE) "
+                        f"loads what `t2 adapt --method {strategy}` wrote"
+                    )
+                made.check(self.bank)
+            if strategy == "router":
+                return self._routed
             categories = self.categories
             return lambda requests: self._pass1(requests, categories, str(strategy))
         if strategy is None or isinstance(strategy, (str, Mapping)):
@@ -264,7 +263,7 @@ class Transformer2:
                 known = ", ".join((*STRATEGIES, *self.bank.names))
                 raise ValueError(f"strategy must be one of {known}, or a mixture; got {strategy!r}")
             check_mixture(self.bank, strategy, "strategy")
-            return _for_all(strategy)
+            return for_all(strategy)
         if not isinstance(strategy, Sequence) or len(strategy) != count:
             got = f"{len(strategy)} entries" if isinstance(strategy, Sequence) else repr(strategy)
             raise ValueError(
@@ -273,7 +272,7 @@ class Transformer2:
             )
         given = list(strategy)
 
-        def each(requests: list[_Request]) -> bool:
+        def each(requests: list[Request]) -> bool:
             for mixture, request in zip(given, requests, strict=True):
                 request.mixture = mixture
                 request.attempt(lambda one: check_mixture(self.bank, one.mixture, "the mixture"))
@@ -291,14 +290,14 @@ class Transformer2:
         check_mixture(self.bank, self.mixtures[task], f"task {task!r}")
         return self.mixtures[task]
 
-    def _read(self, request: _Request, max_new_tokens: int | None) -> None:
+    def _read(self, request: Request) -> None:
         """Token ids of the request, and how many new ones it may have."""
         request.ids = prompt_ids(self.tokenizer, request.prompt, self.chat)
         if not request.ids:
             raise ValueError("the prompt gives no token; write something")
         context = context_length(self.model)
         room = NEW_TOKENS if context is None else context - len(request.ids)
-        request.budget = max_new_tokens or min(NEW_TOKENS, room)
+        request.budget = request.most or min(NEW_TOKENS, room)
         if context is not None and (room < request.budget or room < 1):
             raise ValueError(
                 f"the prompt has {len(request.ids)} tokens and {max(1, request.budget)} new ones "
@@ -306,28 +305,27 @@ class Transformer2:
                 "prompt or lower max_new_tokens"
             )
 
-    def _pass1(self, requests: list[_Request], categories: Categories, strategy: str) -> bool:
+    def _pass1(self, requests: list[Request], categories: Categories, strategy: str) -> bool:
         """Names the category of every request, with probabilities, and what it means."""
         reply = max(map(len, categories.replies(self.tokenizer, self.chat)))
-        asked: list[list[int]] = []
 
-        def ask(one: _Request) -> None:
-            asked.append(question_ids(self.model, self.tokenizer, categories, one.prompt,
-                                      self.chat, reply=reply))  # fmt: skip
+        def question(one: Request) -> list[int]:
+            return question_ids(self.model, self.tokenizer, categories, one.prompt, self.chat,
+                                reply=reply)  # fmt: skip
 
-        for request in requests:
-            request.attempt(ask)
-        sound = [request for request in requests if request.error is None]
+        sound, asked = asked_of(requests, question)
         if sound:
             invariant = t2k.is_batch_invariant()
-            with self.bank.use(self.classifier if strategy == "classifier" else None):
+            sorter = self.classifier if strategy in ("classifier", "record") else None
+            with self.bank.use(sorter):
                 verdicts = judge(self.model, self.tokenizer, categories, asked, self.chat,
                                  share_prefix=not invariant)  # fmt: skip
-            for request, request.verdict in zip(sound, verdicts, strict=True):
+            for request, verdict in zip(sound, verdicts, strict=True):
+                request.verdict = verdict
                 request.attempt(lambda one: self._mean(one, strategy))
         return True
 
-    def _mean(self, request: _Request, strategy: str) -> None:
+    def _mean(self, request: Request, strategy: str) -> None:
         """The mixture that the verdict on a request stands for."""
         verdict = request.verdict
         if verdict is None or not all(map(math.isfinite, verdict.probabilities.values())):
@@ -335,14 +333,32 @@ class Transformer2:
                 "pass 1 gave probabilities that are not finite: the weights in force overflow, or "
                 "the classification expert has diverged"
             )
-        if strategy == "mixture":
+        if strategy == "record" and self.record is not None:
+            other = verdict.category == self.categories.other
+            request.mixture = None if other else self.record.choose(verdict.category)
+        elif strategy == "mixture":
             shares = {k: v for k, v in verdict.probabilities.items() if v >= _LEAST}
             request.mixture = combined(shares, self.mixture_of)
         else:
             request.mixture = self.mixture_of(verdict.category)
         check_mixture(self.bank, request.mixture, f"category {verdict.category!r}")
 
-    def _answer(self, requests: list[_Request], stop: Sequence[str], stream: Stream | None) -> None:
+    def _routed(self, requests: list[Request]) -> bool:
+        """The mixture of every request by the router network, from the question alone."""
+
+        def question(one: Request) -> list[int]:
+            return prompt_ids(self.tokenizer, last_user_message(one.prompt), self.chat)
+
+        sound, asked = asked_of(requests, question)
+        if sound and self.router is not None:
+            ids, mask = pad_left(asked, pad_token(self.tokenizer), self.model.device)
+            alpha = self.router.weights(hidden_features(self.model, ids, mask))
+            for request, row in zip(sound, alpha.tolist(), strict=True):
+                request.mixture = dict(zip(self.router.names, row, strict=True))
+                request.attempt(lambda one: check_mixture(self.bank, one.mixture, "the router"))
+        return True
+
+    def _answer(self, requests: list[Request], stop: Sequence[str], stream: Stream | None) -> None:
         """Pass 2 over the requests that are sound."""
         places = [index for index, one in enumerate(requests) if one.error is None]
         sound = [requests[index] for index in places]
@@ -365,14 +381,3 @@ class Transformer2:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         return time.perf_counter()
-
-
-def _for_all(mixture: Mixture) -> Callable[[list[_Request]], bool]:
-    """One mixture for every request, decided before; no pass."""
-
-    def decide(requests: list[_Request]) -> bool:
-        for request in requests:
-            request.mixture = mixture
-        return False
-
-    return decide

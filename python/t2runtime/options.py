@@ -1,12 +1,21 @@
-"""The options of `t2 train`: each field of its settings, left out where the recipe decides."""
+"""The options of commands that have many: `t2 train`, `t2 adapt`, `t2 eval`."""
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
+
+from t2runtime.rewards import EXTRACTORS
+
+TASK = "gsm8k, mbpp, add, story:animal, ..., category:a+b, or a .jsonl file"
+#: Ways to search for a mixture.
+SEARCHES = ("cem", "cma-es", "random", "gradient")
 
 
 def training(parser: argparse.ArgumentParser) -> None:
-    """Add them. What is not given is not in the namespace, so that a recipe can fill it."""
+    """Each field of the settings of `t2 train`. What is not given is not in the namespace, so that
+    a recipe can fill it.
+    """
 
     def option(name: str, text: str, **more: object) -> None:
         parser.add_argument(name, default=argparse.SUPPRESS, help=text, **more)  # type: ignore[arg-type]
@@ -47,12 +56,28 @@ def training(parser: argparse.ArgumentParser) -> None:
 
 
 def adapting(p: argparse.ArgumentParser) -> None:
-    """Those of `t2 adapt` that say how a mixture is searched and what for."""
+    """Those of `t2 adapt` that say what is found and where it goes."""
     p.add_argument("--expert", action="append", default=[], metavar="FILE",
                    help="to mix, or a folder of them; may be given several times")  # fmt: skip
-    p.add_argument("--out", required=True, help="folder of mixtures, or a file (.json)")
+    p.add_argument("--out", required=True, help="folder of mixtures, or a file (.json); the file "
+                   "of a router (.safetensors) or a record (.json)")  # fmt: skip
     p.add_argument("--name", help="of the task in the mixture (default: the task's)")
-    p.add_argument("--method", choices=("cem", "cma-es", "random", "gradient"), default="cem")
+    p.add_argument("--method", choices=(*SEARCHES, "router", "record"), default="cem",
+                   help="a search for a mixture (cem); a network from a question to weights, "
+                   "trained on training splits; or a record of each expert's performance on "
+                   "validation problems: these two take several --task")  # fmt: skip
+    searching(p)
+    p.add_argument("--steps", type=int, default=150, help="of router: steps of training (150)")
+    p.add_argument("--problems", type=int, default=60, metavar="N",
+                   help="of record: validation problems of each task (60)")  # fmt: skip
+    p.add_argument("--limit", type=int, default=256, help="at most so many test problems (256)")
+    p.add_argument("--rows", type=int, default=64, help="test problems generated at once (64)")
+    p.add_argument("--max-new-tokens", type=int, help="default: what the task says")
+    p.add_argument("--seed", type=int, default=0, help="of the search and of generated tasks")
+
+
+def searching(p: argparse.ArgumentParser) -> None:
+    """How a mixture is searched; `t2 eval --strategy few-shot` takes them, too."""
     p.add_argument("--per", choices=("expert", "layer"), default="expert",
                    help="one weight per expert, or per expert and matrix")  # fmt: skip
     p.add_argument("--shots", type=int, default=10, help="labelled problems to search with (10)")
@@ -68,10 +93,44 @@ def adapting(p: argparse.ArgumentParser) -> None:
     p.add_argument("--high", type=float, default=1.0, help="largest weight (1)")
     p.add_argument("--l1", type=float, default=0.0, help="of gradient: draws weights to 0")
     p.add_argument("--l2", type=float, default=0.0, help="of gradient: draws weights to 0")
-    p.add_argument("--limit", type=int, default=256, help="at most so many test problems (256)")
-    p.add_argument("--rows", type=int, default=64, help="test problems generated at once (64)")
+
+
+def search_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What `searching` added, as `adapt.search` takes it; without the shots."""
+    names = ("per", "budget", "population", "elites", "generations", "rows_per_batch", "low",
+             "high", "l1", "l2")  # fmt: skip
+    return {name: getattr(args, name) for name in names}
+
+
+def tasks(p: argparse.ArgumentParser) -> None:
+    """Which tasks, with their data."""
+    p.add_argument("--task", action="append", required=True, help=f"{TASK}; several may be given")
+    p.add_argument("--data", action="append", default=[], metavar="PATH", help="file or folder "
+                   "of the task's data; TASK=PATH for one of several")  # fmt: skip
+    p.add_argument("--extract", choices=EXTRACTORS, help="read answers in another way")
+    p.add_argument("--skip-bad-lines", action="store_true", help="leave out broken data lines")
+
+
+def evaluating(p: argparse.ArgumentParser) -> None:
+    """Those of `t2 eval`."""
+    p.add_argument("--expert", action="append", default=[], metavar="FILE", help="or a folder of "
+                   "PEFT's; with --strategy an expert, or a folder of them")  # fmt: skip
+    p.add_argument("--strategy", nargs="+", default=[], metavar="S",
+                   help="compare these in one table, through the engine: prompt, classifier, "
+                   "mixture, few-shot, router, record, none (the base), or an expert's name; what "
+                   "is not given as a file is found first and its cost reported")  # fmt: skip
+    p.add_argument("--classifier", metavar="FILE", help="expert under which pass 1 runs")
+    p.add_argument("--mixtures", metavar="DIR", help="of few-shot: what `t2 adapt` found")
+    p.add_argument("--router", metavar="FILE", help="what `t2 adapt --method router` wrote")
+    p.add_argument("--record", metavar="FILE", help="what `t2 adapt --method record` wrote")
+    p.add_argument("--method", nargs="+", choices=SEARCHES, default=["cem"], help="of few-shot "
+                   "without --mixtures (cem); several make a row each")  # fmt: skip
+    searching(p)
+    p.add_argument("--split", choices=("test", "validation"), default="test")
+    p.add_argument("--limit", type=int, default=256, help="at most so many problems of a task")
+    p.add_argument("--rows", type=int, default=64, help="problems generated at once")
     p.add_argument("--max-new-tokens", type=int, help="default: what the task says")
-    p.add_argument("--seed", type=int, default=0, help="of the search and of generated tasks")
+    p.add_argument("--seed", type=int, default=0, help="of generated tasks, shots and searches")
 
 
 def _count_or_none(text: str) -> int | None:

@@ -5,7 +5,7 @@ other tasks' questions, or a property of stories.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,42 @@ def source(
     for problem in tasks.problems(name, 16, "train"):
         grader.check(problem)
     return tasks.Generated(name, grader=grader)
+
+
+def sources(
+    names: Sequence[str],
+    *,
+    data: Sequence[str] = (),
+    extract: str | None = None,
+    on_bad_lines: OnBadLines = "error",
+) -> dict[str, Source]:
+    """{task: source} of several tasks, by the names that the sources give themselves.
+
+    data: "TASK=PATH" for each task that reads data, or the PATH of a single task. extract: for a
+    single task.
+    """
+    if len(names) > 1 and extract is not None:
+        raise ValueError("with several tasks each reads answers in its own way; leave out extract")
+    places: dict[str, str] = {}
+    for text in data:
+        name, sign, path = text.partition("=")
+        if not (sign and name in names):
+            if len(names) > 1:
+                raise ValueError(
+                    "with several tasks give data='TASK=PATH' for each that reads some, TASK one "
+                    f"of {', '.join(names)}; got {text!r}"
+                )
+            name, path = names[0], text
+        if name in places:
+            raise ValueError(f"task {name!r} has its data given twice")
+        places[name] = path
+    found: dict[str, Source] = {}
+    for name in names:
+        made = source(name, data=places.get(name), extract=extract, on_bad_lines=on_bad_lines)
+        if made.name in found:
+            raise ValueError(f"task {made.name!r} is given twice")
+        found[made.name] = made
+    return found
 
 
 def _known(

@@ -289,3 +289,11 @@ def test_ctrl_c_saves_the_best(
     assert code == 130, err
     assert "interrupted at step 1" in out and str(path) in out
     assert t2k.Expert.load(path).metadata["interrupted_at_step"] == 1
+
+
+def test_one_turn_is_a_turn() -> None:
+    from t2runtime.commands import chat
+
+    assert [chat.show({"turns": [{}] * count}) for count in (0, 1, 2)] == [
+        "0 turns", "1 turn", "2 turns",
+    ]  # fmt: skip

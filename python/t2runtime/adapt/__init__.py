@@ -4,19 +4,17 @@ with a few shots; beyond the paper a router network and a record of past perform
 
 from t2runtime.adapt.cem import SearchResult, cross_entropy_method
 from t2runtime.adapt.classifier import train_classifier
-from t2runtime.adapt.compare import Comparison, compare
 from t2runtime.adapt.fewshot import FewShot, Space, search
 from t2runtime.adapt.gradient import gradient_ascent
 from t2runtime.adapt.mixtures import TaskMixture, load_mixture, load_mixtures, save_mixture
 from t2runtime.adapt.prompt import Categories, Verdict, classify
-from t2runtime.adapt.record import Record, measure_record
+from t2runtime.adapt.record import Record, measure_record, record_of_tasks
 from t2runtime.adapt.router import Router, RouterConfig, train_router
 from t2runtime.adapt.search import cma_es, random_search
 from t2runtime.adapt.shots import gain, held_out
 
 __all__ = [
     "Categories",
-    "Comparison",
     "FewShot",
     "Record",
     "Router",
@@ -27,7 +25,6 @@ __all__ = [
     "Verdict",
     "classify",
     "cma_es",
-    "compare",
     "cross_entropy_method",
     "gain",
     "gradient_ascent",
@@ -36,6 +33,7 @@ __all__ = [
     "load_mixtures",
     "measure_record",
     "random_search",
+    "record_of_tasks",
     "save_mixture",
     "search",
     "train_classifier",

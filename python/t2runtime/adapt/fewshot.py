@@ -21,7 +21,13 @@ import t2kernels as t2k
 from t2runtime.adapt.cem import SearchResult
 from t2runtime.adapt.mixtures import TaskMixture, Weights, hashes
 from t2runtime.adapt.search import SEARCHES, black_box
-from t2runtime.adapt.shots import Batches, answer_and_score, check_shots, without_shots
+from t2runtime.adapt.shots import (
+    Batches,
+    answer_and_score,
+    check_shots,
+    question_mark,
+    without_shots,
+)
 from t2runtime.tasks import EXACT, Grader, Problem
 from t2runtime.verdicts import is_right, verdicts_of
 
@@ -107,7 +113,7 @@ class FewShot:
     """Found weights, {expert: weight} or {layer: {expert: weight}}, and the search that found them.
 
     `forwards` were used of the `budget`; `score` is (accuracy on the shots, mean log-likelihood of
-    their right answers).
+    their right answers); `questions` are the marks of the shots (`question_mark`).
     """
 
     weights: Weights
@@ -117,6 +123,7 @@ class FewShot:
     seed: int
     forwards: int
     budget: int
+    questions: tuple[str, ...]
 
     @property
     def mixture(self) -> dict[str, float]:
@@ -136,8 +143,9 @@ class FewShot:
         experts = hashes(self.space.bank, list(self.space.names))
         score = {"accuracy": accuracy, "log_likelihood": likelihood}
         return TaskMixture(
-            task, self.weights, experts, self.method, self.seed, self.forwards, score, facts
-        )
+            task, self.weights, experts, self.method, self.seed, self.forwards, score,
+            {"questions": list(self.questions), **facts},
+        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -215,6 +223,7 @@ def search(
         raise ValueError(f"low..high must hold 0 (the base) and 1, got {low}..{high}")
     check_shots(shots)
     space = Space(bank, tuple(names), per)
+    marks = tuple(map(question_mark, shots))
     batches = Batches(rows_per_batch)
     forwards = 0
 
@@ -236,7 +245,7 @@ def search(
             seed=seed, batches=batches, chat=chat,
         )  # fmt: skip
         return FewShot(
-            space.weights(found.best), found, space, method, seed, forwards + used, budget
+            space.weights(found.best), found, space, method, seed, forwards + used, budget, marks
         )
     if l1 or l2:
         raise ValueError(f"l1 and l2 are for method='gradient', got them with {method!r}")
@@ -252,4 +261,4 @@ def search(
         high=high, mean=1 / len(names) if method == "cem" else None,
         start=space.landmarks()[: population - 1], seed=seed, **own,
     )  # fmt: skip
-    return FewShot(space.weights(found.best), found, space, method, seed, forwards, budget)
+    return FewShot(space.weights(found.best), found, space, method, seed, forwards, budget, marks)

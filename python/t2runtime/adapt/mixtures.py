@@ -36,7 +36,7 @@ class TaskMixture:
         method: what found it, and `seed` with which seed.
         budget: forwards of one sequence that the search used.
         score: what it reached on the shots: {"accuracy": ..., "log_likelihood": ...}.
-        facts: anything else JSON can hold.
+        facts: anything else JSON can hold; "questions" are the marks of the shots.
     """
 
     task: str
@@ -77,6 +77,17 @@ class TaskMixture:
     def per_layer(self) -> bool:
         """Whether every layer has weights of its own."""
         return any(isinstance(value, Mapping) for value in self.weights.values())
+
+    def questions(self) -> tuple[str, ...]:
+        """The marks of the shots (`shots.question_mark`), which no score may count; () where no
+        search was made. ValueError where there was one and the marks are not known.
+        """
+        if self.budget and "questions" not in self.facts:
+            raise ValueError(
+                f"the mixture of task {self.task!r} does not say which questions were its shots, "
+                "so that they cannot be kept out of a score. Find it again with `t2 adapt`"
+            )
+        return tuple(map(str, self.facts.get("questions", ())))
 
     def rows(self) -> dict[str, Mapping[str, float]]:
         """The rows of weights, by what an error calls them."""

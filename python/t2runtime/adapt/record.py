@@ -18,7 +18,7 @@ import t2kernels as t2k
 from t2kernels.files import read_json, write_json
 from t2runtime.adapt.mixtures import hashes
 from t2runtime.evaluate import evaluate
-from t2runtime.tasks import Grader, Problem
+from t2runtime.tasks import Grader, Problem, Source
 
 KIND, VERSION = "performance record", 1
 BASE = "base"
@@ -94,6 +94,28 @@ class Record:
         best = max([BASE, *self.experts], key=value)
         return None if best == BASE else best
 
+    def check(self, bank: t2k.ExpertBank) -> None:
+        """ValueError unless the bank has the experts of the record, the same by hash."""
+        missing = [name for name in self.experts if name not in bank]
+        if missing:
+            raise ValueError(
+                f"the record needs experts {', '.join(missing)}, the bank has "
+                f"{', '.join(bank.names) or 'none'}. Add them under these names"
+            )
+        there = hashes(bank, list(self.experts))
+        wrong = [name for name, mark in self.experts.items() if there[name] != mark]
+        if wrong:
+            raise ValueError(
+                f"this is a record of other experts than the bank's: {', '.join(wrong)}. "
+                "Load the experts of then, or make the record again"
+            )
+
+    @property
+    def used(self) -> tuple[int, int]:
+        """(labelled problems, answers) that the record was made from."""
+        rows = [[tried for _, tried in row.values()] for row in self.counts.values()]
+        return sum(max(row, default=0) for row in rows), sum(map(sum, rows))
+
     def save(self, path: str | Path) -> None:
         """One JSON file, whole or not at all."""
         counts = {c: {n: list(pair) for n, pair in row.items()} for c, row in self.counts.items()}
@@ -114,14 +136,35 @@ class Record:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise t2k.CorruptFileError(f"{path} is not a whole record: {error}.") from error
         if bank is not None:
-            there = hashes(bank)
-            wrong = [name for name, mark in made.experts.items() if there.get(name) != mark]
-            if wrong:
-                raise ValueError(
-                    f"{path} is a record of other experts than the bank's: {', '.join(wrong)}. "
-                    "Load the experts of then, or make the record again"
-                )
+            made.check(bank)
         return made
+
+
+def record_of_tasks(
+    model: Any,
+    tokenizer: Any,
+    bank: t2k.ExpertBank,
+    names: Sequence[str],
+    sources: Mapping[str, Source],
+    count: int,
+    *,
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+    rows: int = 256,
+    chat: str = "auto",
+) -> Record:
+    """`measure_record` on `count` validation problems of each source; its key is the category.
+
+    max_new_tokens: default what each source says.
+    """
+    record = Record(hashes(bank, list(names)))
+    for task, source in sources.items():
+        part = measure_record(
+            model, tokenizer, bank, names, {task: source(count, "validation", seed)},
+            max_new_tokens or source.max_new_tokens, source, rows=rows, chat=chat,
+        )  # fmt: skip
+        record.counts.update(part.counts)
+    return record
 
 
 def measure_record(

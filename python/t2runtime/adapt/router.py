@@ -22,7 +22,7 @@ import t2kernels as t2k
 from t2kernels.files import load_tensors, save_tensors
 from t2runtime.adapt.fewshot import Space
 from t2runtime.adapt.mixtures import expert_hash, hashes
-from t2runtime.adapt.shots import check_shots, log_likelihood
+from t2runtime.adapt.shots import check_shots, log_likelihood, question_mark
 from t2runtime.generation import encode
 from t2runtime.tasks import Problem, Source
 
@@ -57,7 +57,8 @@ class RouterConfig:
 class Router(nn.Module):
     """Features (B, 2 * width) -> alpha (B, K) in [0, high], over `names`.
 
-    experts: {name: hash} of the experts that it was trained for, in the order of alpha.
+    experts: {name: hash} of the experts that it was trained for, in the order of alpha. trained:
+    {"questions", "forwards"}: distinct labelled questions and rows that training it took.
     """
 
     mean: Tensor
@@ -73,6 +74,7 @@ class Router(nn.Module):
                 f"{len(experts)}, {width} and {hidden}"
             )
         self.experts, self.width, self.hidden, self.high = dict(experts), width, hidden, high
+        self.trained = {"questions": 0, "forwards": 0}
         self.first, self.second = nn.Linear(2 * width, hidden), nn.Linear(hidden, len(experts))
         # The scale of hidden states differs from model to model by orders of magnitude.
         self.register_buffer("mean", torch.zeros(2 * width))
@@ -89,6 +91,12 @@ class Router(nn.Module):
         return self.high * torch.sigmoid(self.second(torch.nn.functional.gelu(self.first(x))))
 
     @torch.no_grad()
+    def weights(self, features: Tensor) -> Tensor:
+        """As `forward`, without gradients; row by row, so that a row's bits depend on no other."""
+        device = self.mean.device
+        return torch.cat([self(row[None].to(device)) for row in features])
+
+    @torch.no_grad()
     def alpha(
         self, model: Any, tokenizer: Any, questions: Sequence[str], *, chat: str = "auto",
         bank: t2k.ExpertBank | None = None,
@@ -98,9 +106,9 @@ class Router(nn.Module):
 
         Pass 1 runs on the base weights, whatever is in force around the call.
         """
-        found = self(features(model, tokenizer, questions, chat))
+        found = self.weights(features(model, tokenizer, questions, chat))
         if bank is None:
-            return torch.as_tensor(found)
+            return found
         self.check(bank)
         return Space(bank, tuple(self.names)).alpha(found)
 
@@ -121,7 +129,8 @@ class Router(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """One safetensors file, its JSON header naming the experts and their hashes."""
-        facts = {"width": self.width, "hidden": self.hidden, "high": self.high}
+        facts = {"width": self.width, "hidden": self.hidden, "high": self.high,
+                 "trained": self.trained}  # fmt: skip
         meta = {"kind": KIND, "version": VERSION, "experts": list(self.experts.items()), **facts}
         save_tensors(path, dict(self.state_dict()), meta)
 
@@ -134,6 +143,7 @@ class Router(nn.Module):
                 dict(meta["experts"]), int(meta["width"]), int(meta["hidden"]), float(meta["high"])
             )
             made.load_state_dict(tensors)
+            made.trained = {name: int(meta["trained"][name]) for name in made.trained}
             if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
                 raise ValueError("values that are not finite")
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -141,12 +151,18 @@ class Router(nn.Module):
         return made.to(device).eval()
 
 
-@torch.no_grad()
 def features(model: Any, tokenizer: Any, questions: Sequence[str], chat: str = "auto") -> Tensor:
-    """(B, 2 * width) fp32: the mean of a question's last hidden states, and its last one, under the
+    """`hidden_features` of questions."""
+    return hidden_features(model, *encode(tokenizer, questions, model.device, chat))
+
+
+@torch.no_grad()
+def hidden_features(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """(B, 2 * width) fp32: the mean of a row's last hidden states, and its last one, under the
     base weights of the converted model, whatever is in force around the call.
+
+    ids, mask: (B, length), padded on the left.
     """
-    ids, mask = encode(tokenizer, questions, model.device, chat)
     wanted = {"logits_to_keep": 1, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     accepted = inspect.signature(model.forward).parameters
     extra = {name: value for name, value in wanted.items() if name in accepted}
@@ -154,8 +170,9 @@ def features(model: Any, tokenizer: Any, questions: Sequence[str], chat: str = "
         hidden = model(
             input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False, **extra
         ).hidden_states[-1]
-    hidden, weight = hidden.float(), mask[..., None].float()
-    return torch.cat([(hidden * weight).sum(1) / weight.sum(1), hidden[:, -1]], dim=1)
+    # Each row alone, in memory of its own: its bits do not depend on how long the others are.
+    rows = [row[-length:].float().clone() for row, length in zip(hidden, mask.sum(1).tolist())]
+    return torch.stack([torch.cat([row.mean(0), row[-1]]) for row in rows])
 
 
 def train_router(
@@ -178,8 +195,7 @@ def train_router(
     space = Space(bank, tuple(names))
     if not sources:
         raise ValueError("sources must hold at least one task to train on, got none")
-    share = -(-cfg.rows * cfg.steps // len(sources))
-    pool: list[Problem] = [p for source in sources for p in source(share, "train", cfg.seed)]
+    pool = training_problems(sources, cfg)
     check_shots(pool)
     random.Random(f"router/{cfg.seed}").shuffle(pool)
     looked = [
@@ -207,4 +223,13 @@ def train_router(
         optimiser.step()
         if log is not None:
             log({"step": step + 1, "log_likelihood": float(value.detach())})
+    used = cfg.steps * cfg.rows  # rows that go forward and back; each question is looked at once
+    router.trained = {"questions": len(set(map(question_mark, pool))),
+                      "forwards": 2 * used + len(pool)}  # fmt: skip
     return router.eval()
+
+
+def training_problems(sources: Sequence[Source], cfg: RouterConfig) -> list[Problem]:
+    """What a router of these settings is trained on: equal parts of the training splits."""
+    share = -(-cfg.rows * cfg.steps // len(sources))
+    return [problem for source in sources for problem in source(share, "train", cfg.seed)]

@@ -4,6 +4,7 @@ which problems are left to be scored.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,15 @@ def same_question(problem: Problem) -> str:
     'what is 2+2?'
     """
     return " ".join(problem.prompt.split()).casefold()
+
+
+def question_mark(problem: Problem) -> str:
+    """A short hash of the question, by which a file remembers what was a shot.
+
+    >>> question_mark(Problem("2+2?", "4", "add")) == question_mark(Problem(" 2+2?", "", "x"))
+    True
+    """
+    return hashlib.sha256(same_question(problem).encode()).hexdigest()[:16]
 
 
 def leaked(problems: Sequence[Problem], shots: Sequence[Problem]) -> list[int]:

@@ -1,9 +1,13 @@
-"""`t2 adapt MODEL --task T --expert E ... --out MIXTURE`: a mixture of experts from a few shots."""
+"""`t2 adapt MODEL --task T --expert E ... --out MIXTURE`: a mixture of experts from a few shots.
+
+With `--method router` or `record` what is made, of one task or several, decides for every question.
+"""
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,40 +15,102 @@ import t2kernels as t2k
 from t2kernels.files import check_name
 from t2runtime.adapt.fewshot import FewShot, search
 from t2runtime.adapt.mixtures import load_mixture, save_mixture
+from t2runtime.adapt.record import Record, record_of_tasks
+from t2runtime.adapt.router import Router, RouterConfig, train_router
 from t2runtime.adapt.shots import gain
 from t2runtime.commands.train import targets
-from t2runtime.loading import load
-from t2runtime.sources import source
+from t2runtime.compare import compare, text_table
+from t2runtime.engine import Transformer2
+from t2runtime.options import search_settings
+from t2runtime.sources import sources
+from t2runtime.tasks import Source
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Read the data, search on the shots, save, score base and mixture on what is no shot."""
-    for option in ("shots", "limit", "rows"):
+    """Read the data, find and save, then score what was found beside the base."""
+    for option in ("shots", "problems", "limit", "rows"):
         if getattr(args, option) < 1:
             raise ValueError(f"--{option} must be at least 1, got {getattr(args, option)}")
-    task = source(
+    named = sources(
         args.task,
         data=args.data,
         extract=args.extract,
         on_bad_lines="skip" if args.skip_bad_lines else "error",
     )
+    if args.method in ("router", "record"):
+        return _learned(args, named)
+    if len(named) > 1:
+        raise ValueError(
+            f"--method {args.method} finds the mixture of one --task, got {', '.join(named)}. "
+            "Run it for each, or use --method router or record"
+        )
+    (task,) = named.values()
+    return _mixture(args, task)
+
+
+def _engine(args: argparse.Namespace) -> Transformer2:
+    """The model with the experts that may be chosen."""
+    experts = {path.stem: t2k.Expert.load(path) for path in files(args.expert)}
+    return Transformer2.from_pretrained(
+        args.model, experts, targets=targets(args.targets), dtype=args.dtype, device=args.device,
+        factors=args.factors, allow_mismatch=args.allow_mismatch, chat=args.chat,
+    )  # fmt: skip
+
+
+def _learned(args: argparse.Namespace, named: Mapping[str, Source]) -> dict[str, Any]:
+    """A router or a record: from training or validation splits, scored on test problems."""
+    out, ending = Path(args.out), ".safetensors" if args.method == "router" else ".json"
+    if out.suffix != ending:
+        raise ValueError(f"--out must be a file that ends in {ending}, got {args.out!r}")
+    t2 = _engine(args)
+    names, began = list(t2.bank.names), time.perf_counter()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if args.method == "router":
+        cfg = RouterConfig(steps=args.steps, high=args.high, l1=args.l1, seed=args.seed)
+        made = train_router(
+            t2.model, t2.tokenizer, t2.bank, names, list(named.values()), cfg, chat=t2.chat
+        )
+        made.save(out)
+        t2.router = Router.load(out)
+    else:
+        record = record_of_tasks(
+            t2.model, t2.tokenizer, t2.bank, names, named, args.problems, rows=args.rows,
+            max_new_tokens=args.max_new_tokens, seed=args.seed, chat=t2.chat,
+        )  # fmt: skip
+        record.save(out)
+        t2.record = Record.load(out)
+    seconds = time.perf_counter() - began
+    rows = compare(
+        t2, named, [None, args.method], problems=args.limit, seed=args.seed, rows=args.rows,
+        max_new_tokens=args.max_new_tokens,
+    )  # fmt: skip
+    unnamed = [task for task in named if task not in t2.categories.all_names]
+    return {
+        "model": args.model,
+        "tasks": list(named),
+        "method": args.method,
+        "file": str(out),
+        "seconds": seconds,
+        "problems": rows[0].score.total,
+        "chosen": {task: t2.record.choose(task) for task in named} if t2.record else None,
+        "never_named": unnamed if args.method == "record" else [],
+        "strategies": [row.facts() for row in rows],
+    }
+
+
+def _mixture(args: argparse.Namespace, task: Source) -> dict[str, Any]:
+    """The mixture of a task, by a search on its shots."""
     name = check_name(args.name or task.name, "task")  # now, so that no search is lost by it
     shots = task(args.shots, args.shots_from, args.seed)
     more = args.shots if args.shots_from == "test" else 0
     problems = task(args.limit + more, "test", args.seed)
-    experts = {path.stem: t2k.Expert.load(path) for path in files(args.expert)}
-    model, tokenizer = load(args.model, args.dtype, args.device)
-    t2k.convert(model, targets=targets(args.targets), decomposition=args.factors, progress=False)
-    bank = t2k.ExpertBank(model)
-    for stem, expert in experts.items():
-        bank.add(stem, expert, allow_mismatch=args.allow_mismatch)
+    t2 = _engine(args)
+    model, tokenizer, bank = t2.model, t2.tokenizer, t2.bank
     new_tokens = args.max_new_tokens or task.max_new_tokens
     began = time.perf_counter()
     found = search(
-        model, tokenizer, bank, list(experts), shots, new_tokens, method=args.method, per=args.per,
-        population=args.population, elites=args.elites, generations=args.generations,
-        budget=args.budget, rows_per_batch=args.rows_per_batch, low=args.low, high=args.high,
-        l1=args.l1, l2=args.l2, grader=task, seed=args.seed, chat=args.chat,
+        model, tokenizer, bank, list(bank.names), shots, new_tokens, method=args.method,
+        grader=task, seed=args.seed, chat=args.chat, **search_settings(args),
     )  # fmt: skip
     seconds = time.perf_counter() - began
     # Saved before it is scored: an interrupted evaluation loses nothing.
@@ -102,6 +168,8 @@ def _means(found: FewShot) -> dict[str, float]:
 
 def show(result: dict[str, Any]) -> str:
     """What was found, what it cost, and what it gains."""
+    if "strategies" in result:
+        return _show_learned(result)
     weights = ", ".join(f"{name} {w:.2f}" for name, w in result["mean_weights"].items())
     mean = " (mean over the layers)" if result["per"] == "layer" else ""
     lines = [
@@ -118,3 +186,19 @@ def show(result: dict[str, Any]) -> str:
         low, high = (100 * bound for bound in score["interval"])
         lines.append(f"    {name:8s}{100 * score['accuracy']:6.1f} %  [{low:5.1f}, {high:5.1f}]")
     return "\n".join([*lines, f"  saved: {result['mixture']}"])
+
+
+def _show_learned(result: dict[str, Any]) -> str:
+    """What was made, from what, and the base beside it."""
+    lines = [f"{' + '.join(result['tasks'])}: {result['method']} made in {result['seconds']:.1f} s"]
+    if result["chosen"]:
+        said = ", ".join(f"{task} {name or 'base'}" for task, name in result["chosen"].items())
+        lines.append(f"  speaks for: {said}")
+    if result["never_named"]:
+        lines.append(
+            f"  pass 1 names experts of the bank, so never {', '.join(result['never_named'])}: "
+            "what the record says of them is of no use"
+        )
+    lines.append(f"  on {result['problems']} test problems, 95 % intervals:")
+    table = text_table(result["strategies"])
+    return "\n".join([*lines, table, f"  saved: {result['file']}"])

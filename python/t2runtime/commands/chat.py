@@ -71,4 +71,5 @@ def _facts(row: dict[str, Any], output: Output) -> str:
 
 def show(result: dict[str, Any]) -> str:
     """How many turns there were; they have been shown already."""
-    return f"{len(result['turns'])} turns"
+    count = len(result["turns"])
+    return f"{count} turn" if count == 1 else f"{count} turns"

@@ -1,37 +1,98 @@
 """`t2 eval MODEL --task T [--data FILE] [--expert E ...]`: greedy accuracy of the base and of each
 expert, or LoRA, DoRA or IA3 in a folder of PEFT's.
+
+With `--strategy S ...`, or several tasks, the rows are strategies of the engine over one mixed
+batch: `t2runtime.compare`.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import t2kernels as t2k
+from t2runtime.adapt.mixtures import load_mixtures
+from t2runtime.commands.generate import expert_files, loaded
 from t2runtime.commands.train import targets
+from t2runtime.compare import compare, text_table
+from t2runtime.engine import STRATEGIES
 from t2runtime.evaluate import Score, evaluate
 from t2runtime.formats.saved import kind_of, refuse, with_adapter
 from t2runtime.loading import load
-from t2runtime.sources import source
+from t2runtime.options import search_settings
+from t2runtime.sources import sources
+from t2runtime.tasks import Source
 
 BASE = "base"
+#: The base weights as a strategy.
+NONE = "none"
+_NEEDED_BY = {
+    ("classifier", "record"): "classifier",
+    ("few-shot",): "mixtures",
+    ("router",): "router",
+    ("record",): "record",
+}
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Read the data first, then score the same problems under the base and each expert."""
-    if args.limit < 1:
-        raise ValueError(f"--limit must be at least 1, got {args.limit}")
-    if args.rows < 1:
-        raise ValueError(f"--rows must be at least 1, got {args.rows}")
-    task = source(
+    """Read the data first, then score the same problems in every way."""
+    for option in ("limit", "rows", "shots"):
+        if getattr(args, option) < 1:
+            raise ValueError(f"--{option} must be at least 1, got {getattr(args, option)}")
+    named = sources(
         args.task,
         data=args.data,
         extract=args.extract,
         on_bad_lines="skip" if args.skip_bad_lines else "error",
     )
+    if args.strategy or len(named) > 1:
+        return _strategies(args, named)
+    for option in ("classifier", "mixtures", "router", "record"):
+        if getattr(args, option):
+            raise ValueError(f"--{option} is for --strategy: say which are to be compared")
+    (task,) = named.values()
+    return _alone(args, task)
+
+
+def _strategies(args: argparse.Namespace, named: Mapping[str, Source]) -> dict[str, Any]:
+    """Strategies of the engine on all tasks."""
+    known = (*STRATEGIES, NONE, *expert_files(args.expert))
+    words = args.strategy or [NONE, *expert_files(args.expert)]
+    for word in words:
+        if word not in known:
+            raise ValueError(f"--strategy must be one of {', '.join(known)}; got {word!r}")
+    if set(words) != {NONE} and not args.expert:
+        raise ValueError(f"--strategy {words[0]} needs at least one --expert to choose from")
+    for word, option in _NEEDED_BY.items():
+        if getattr(args, option) and not set(word) & set(words):
+            raise ValueError(f"--{option} is for --strategy {' or '.join(word)}; leave it out")
+    if "classifier" in words and not args.classifier:
+        raise ValueError("--strategy classifier needs --classifier FILE, the expert of pass 1")
+    mixtures = load_mixtures(args.mixtures) if args.mixtures else None
+    t2, _ = loaded(args)
+    rows = compare(
+        t2, named, [None if word == NONE else word for word in words], split=args.split,
+        problems=args.limit, mixtures=mixtures, methods=args.method, shots=args.shots,
+        shots_from=args.shots_from, max_new_tokens=args.max_new_tokens, seed=args.seed,
+        rows=args.rows, progress=True, **search_settings(args),
+    )  # fmt: skip
+    return {
+        "model": args.model,
+        "tasks": list(named),
+        "split": args.split,
+        "problems": rows[0].score.total,
+        "rows_per_batch": args.rows,
+        "skipped_lines": sum(getattr(task, "skipped", 0) for task in named.values()),
+        "repeated_prompts": sum(getattr(task, "repeated", 0) for task in named.values()),
+        "strategies": [row.facts() for row in rows],
+    }
+
+
+def _alone(args: argparse.Namespace, task: Source) -> dict[str, Any]:
+    """The base, each expert, each adapter of PEFT."""
     problems = task(args.limit, args.split, args.seed)
     given = _experts(args.expert)
     model, tokenizer = load(args.model, args.dtype, args.device)
@@ -88,14 +149,16 @@ def _experts(paths: Sequence[str]) -> dict[str, t2k.Expert | Path]:
 
 def show(result: dict[str, Any]) -> str:
     """One table."""
+    name = result.get("task") or " + ".join(result["tasks"])
     lines = [
-        f"{result['task']}, {result['problems']} distinct {result['split']} problems, greedy, "
-        "95 % intervals"
+        f"{name}, {result['problems']} distinct {result['split']} problems, greedy, 95 % intervals"
     ]
     if result["skipped_lines"]:
         lines.append(f"{result['skipped_lines']} broken lines of the data were left out")
     if result["repeated_prompts"]:
         lines.append(f"{result['repeated_prompts']} held-out rows repeated a prompt: left out")
+    if "strategies" in result:
+        return "\n".join([*lines, text_table(result["strategies"])])
     width = max(map(len, result["scores"]))
     for name, score in result["scores"].items():
         low, high = (100 * bound for bound in score["interval"])

@@ -57,8 +57,16 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
     if args.strategy == "classifier" and not args.classifier:
         raise ValueError("--strategy classifier needs --classifier FILE, the expert of pass 1")
-    if args.classifier and args.strategy != "classifier":
-        raise ValueError("--classifier is for pass 1: give --strategy classifier, or leave it out")
+    if args.classifier and args.strategy not in ("classifier", "record"):
+        raise ValueError(
+            "--classifier is for pass 1: give --strategy classifier or record, or leave it out"
+        )
+    for name in ("router", "record"):
+        if (args.strategy == name) != bool(getattr(args, name)):
+            raise ValueError(
+                f"--strategy {name} and --{name} FILE, what `t2 adapt --method {name}` wrote, "
+                "go together: give both or none"
+            )
     if args.strategy == "few-shot" and not (args.mixtures and args.task):
         raise ValueError("--strategy few-shot needs --mixtures FOLDER and --task NAME")
     if (args.mixtures or args.task) and args.strategy != "few-shot":
@@ -70,6 +78,14 @@ def check(args: argparse.Namespace) -> None:
 def engine(args: argparse.Namespace) -> tuple[Transformer2, str | dict[str, float] | None]:
     """The model with the bank that the options describe, and what `generate` is told."""
     check(args)
+    t2, weights = loaded(args, args.mixtures)
+    return t2, (weights or None) if args.strategy == FIXED else args.strategy
+
+
+def loaded(
+    args: argparse.Namespace, mixtures: str | None = None
+) -> tuple[Transformer2, dict[str, float]]:
+    """The model with its bank and what else the options name; {expert: weight} as given."""
     given = expert_files(args.expert)
     experts = {name: t2k.Expert.load(path) for name, (path, _) in given.items()}
     weights = {name: weight for name, (_, weight) in given.items()}
@@ -82,9 +98,9 @@ def engine(args: argparse.Namespace) -> tuple[Transformer2, str | dict[str, floa
     t2 = Transformer2.from_pretrained(
         args.model, experts, targets=targets(args.targets), dtype=args.dtype, device=args.device,
         factors=args.factors, classifier=classifier, allow_mismatch=args.allow_mismatch,
-        mixtures=args.mixtures or meant, chat=args.chat,
+        mixtures=mixtures or meant, router=args.router, record=args.record, chat=args.chat,
     )  # fmt: skip
-    return t2, (weights or None) if args.strategy == FIXED else args.strategy
+    return t2, weights
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
