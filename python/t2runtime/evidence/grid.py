@@ -33,6 +33,17 @@ class Run:
         """The run in one line: the same key, the same run."""
         return json.dumps(asdict(self), sort_keys=True)
 
+    @property
+    def command(self) -> list[str]:
+        """What makes its row; see `ledger.Job`."""
+        return ["t2runtime.evidence.work", self.key]
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """What its row says of the run itself."""
+        lr = dict(self.settings)["lr"]
+        return {"arm": self.arm, "task": self.task, "seed": self.seed, "lr": lr}
+
     def with_settings(self, **more: Any) -> Run:
         """The same with other fields of `train.Config`."""
         return replace(self, settings=tuple(sorted({**dict(self.settings), **more}.items())))

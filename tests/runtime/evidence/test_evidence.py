@@ -7,6 +7,8 @@ import pytest
 
 from t2runtime.evidence import __main__ as evidence
 from t2runtime.evidence import grid, report, work
+from t2runtime.evidence.environment import environment
+from t2runtime.evidence.ledger import Ledger, finish
 from t2runtime.loading import load
 from t2runtime.train import small_model
 
@@ -52,11 +54,11 @@ def test_the_learning_rate_is_the_best_by_validation():
 
 def test_a_stopped_ledger_goes_on(tmp_path):
     path = tmp_path / "runs.jsonl"
-    ledger = evidence.Ledger(path)
+    ledger = Ledger(path)
     ledger.add({"key": "a", "x": 1})
     with path.open("a") as file:
         file.write('{"key": "b", "x"')
-    again = evidence.Ledger(path)
+    again = Ledger(path)
     assert again.rows == {"a": {"key": "a", "x": 1}}
     again.add({"key": "b", "x": 2})
     assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["a", "b"]
@@ -65,20 +67,20 @@ def test_a_stopped_ledger_goes_on(tmp_path):
 def test_a_run_of_its_own_process_and_the_report(tmp_path):
     run = grid.Run("svf", "add", 0).with_settings(lr=0.02, steps=1, prompts=2, samples=2,
                                                   validation_problems=4)  # fmt: skip
-    ledger = evidence.Ledger(tmp_path / "runs.jsonl")
-    (found,) = evidence.finish([run], ledger, 1, "test")
+    ledger = Ledger(tmp_path / "runs.jsonl")
+    (found,) = finish([run], ledger, 1, "test")
     assert found["problems"] == 400
     assert found["values"] == 3584
     assert 0 < found["base"] < 400
     assert found["seconds"] > 0
     assert 1 < found["training_mib"] < found["peak_mib"]
-    assert evidence.finish([run], ledger, 1, "test") == [found]
+    assert finish([run], ledger, 1, "test") == [found]
     with pytest.raises(RuntimeError, match="must be one of"):
-        evidence.finish([grid.Run("svf", "nothing", 0).with_settings(lr=0.1)], ledger, 1, "test")
+        finish([grid.Run("svf", "nothing", 0).with_settings(lr=0.1)], ledger, 1, "test")
 
     names = {question.first for question in grid.QUESTIONS} | {q.second for q in grid.QUESTIONS}
     rows = [row(name, s, 50 + s + len(name)) for name in sorted(names) for s in range(2)]
-    report.write(tmp_path, evidence.environment(), {"svf": 0.02}, rows, rows[:2])
+    report.write(tmp_path, environment(), {"svf": 0.02}, rows, rows[:2])
     text = (tmp_path / "evidence.md").read_text()
     assert "SVF against LoRA, by reinforcement" in text
     result = json.loads((tmp_path / "evidence.json").read_text())
