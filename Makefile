@@ -3,6 +3,9 @@
 #              EXPERT="a.safetensors b.safetensors" under these experts
 # make evidence  the method's claims on the small model: many training runs, resumable (an hour of two
 #              cores; STORIES=folder adds a model that tells stories, SEEDS=5)
+# make claims  what the paper says, tried over seeds: docs/claims.md (half an hour of two cores;
+#              STORIES, SEEDS, DATA=folder of data sets, UNITS="dispatch ..."; EVIDENCE=file made by
+#              make evidence answers the claims about training)
 # make gpu     where a GPU is: build, test and benchmark with the Python that is there, no network
 # make build   compile the native module into the source tree, for work on it
 # make clean   remove everything the above have made
@@ -21,6 +24,9 @@ MODEL ?=
 EXPERT ?=
 STORIES ?=
 SEEDS ?= 5
+DATA ?=
+UNITS ?=
+EVIDENCE ?= $(wildcard $(OUT)/evidence/evidence.json)
 TESTS ?= tests
 WORKERS ?= 2
 
@@ -30,7 +36,7 @@ CONSTRAINTS := .ci/constraints.txt
 PIP := PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) PIP_CONSTRAINT=$(CONSTRAINTS) \
 	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 
-.PHONY: help test lint demo evidence gpu build clean
+.PHONY: help test lint demo evidence claims gpu build clean
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
@@ -66,6 +72,13 @@ evidence: install-demo
 	mkdir -p $(OUT)/evidence
 	cd $(OUT)/evidence && $(abspath $(BIN))/python -m t2runtime.evidence --out . --seeds $(SEEDS) \
 		$(if $(STORIES),--stories "$(abspath $(STORIES))")
+
+claims: install-demo
+	$(PIP) install -q ".[hf,plot,search]"
+	mkdir -p $(OUT)/claims
+	cd $(OUT)/claims && $(abspath $(BIN))/python -m t2runtime.claims --out . --seeds $(SEEDS) \
+		$(if $(UNITS),--units $(UNITS)) $(if $(STORIES),--stories "$(abspath $(STORIES))") \
+		$(if $(DATA),--data "$(abspath $(DATA))") $(if $(EVIDENCE),--evidence "$(abspath $(EVIDENCE))")
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py --phase "$(PHASE)" --out "$(OUT)" $(if $(filter-out 0,$(DRY_RUN)),--dry-run)

@@ -22,7 +22,9 @@ RUNNER = """
 import pathlib, sys
 from types import SimpleNamespace
 from t2runtime.evidence.ledger import Ledger, finish
-runs = [SimpleNamespace(key=f"k{s}", command=["child", str(s)], named={"seed": s}) for s in range(3)]
+def run(seed):
+    return SimpleNamespace(key=f"k{seed}", command=["child", str(seed)], named={"seed": seed})
+runs = [run(seed) for seed in range(3)]
 finish(runs, Ledger(pathlib.Path(sys.argv[1]) / "runs.jsonl"), 1, "test")
 """
 
@@ -32,19 +34,20 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
     env = {**os.environ, "MARKS": str(tmp_path)}
     env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), env.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", RUNNER, str(tmp_path)]
+    ledger = tmp_path / "runs.jsonl"
     first = subprocess.Popen(command, env=env, start_new_session=True)
     try:
         deadline = time.monotonic() + 300
-        while not (tmp_path / "1").exists():
+        while not ((tmp_path / "1").exists() and ledger.exists() and ledger.read_text()):
             assert first.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
     finally:
         os.killpg(first.pid, signal.SIGKILL)
         first.wait()
-    assert list(Ledger(tmp_path / "runs.jsonl").rows) == ["k0"]
+    assert list(Ledger(ledger).rows) == ["k0"]
     (tmp_path / "go").touch()
     subprocess.run(command, env=env, check=True, timeout=600)
-    rows = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in ledger.read_text().splitlines()]
     assert [(row["key"], row["seed"], row["x"], row["threads"]) for row in rows] == [
         ("k0", 0, 0, 1), ("k1", 1, 1, 1), ("k2", 2, 2, 1),
     ]  # fmt: skip

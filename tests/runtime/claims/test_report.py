@@ -1,0 +1,97 @@
+"""From rows to JSON, markdown and pictures, and the same again without running anything."""
+
+import json
+import re
+
+import pytest
+
+from t2runtime.claims import report
+from t2runtime.claims.__main__ import main
+from t2runtime.claims.claim import Claim
+
+EVIDENCE = {
+    "answers": [
+        {"question": "SVF against LoRA, by reinforcement", "difference": 0.2, "interval": [-1, 1]},
+        {"question": "MLP against attention", "difference": -5.0, "interval": [-9, -1]},
+        {"question": "All linears against MLP alone", "difference": 8.0, "interval": [4, 12]},
+    ],
+    "arms": [{"seeds": 5}, {"seeds": 4}],
+}
+
+
+def claims_module(**more):
+    class Module:
+        CLAIMS = (
+            Claim("A beats B", "table 1", "points", "small;", "a", lambda row: row["x"], low=0),
+            Claim("B is cheap", "table 2", "ratio", "small;", "a", lambda row: row["y"], high=0.5),
+            Claim("C is flat", "text", "points", "small;", "a", lambda row: row["z"], -2, 2),
+            Claim("D", "text", "points", "small;", "b", lambda row: row["z"], low=0),
+        )
+
+        @staticmethod
+        def section(rows):
+            return [f"## {len(rows['a'])} rows", "", "as found"]
+
+    return Module
+
+
+@pytest.fixture
+def result(monkeypatch):
+    monkeypatch.setattr(report, "modules", lambda: [report.training, claims_module()])
+    values = ((-3.0, 0.2, 0.1), (-2.0, 0.3, 3.0), (-2.5, 0.123456, 2.0))
+    rows = [{"unit": "a", "seed": s, "x": x, "y": y, "z": z} for s, (x, y, z) in enumerate(values)]
+    return {
+        "environment": {"cpu": "one"}, "seeds": 3, "settings": {"a": {}}, "evidence": {},
+        "lacking": {"b": "stories"}, "rows": rows,
+    }  # fmt: skip
+
+
+def outcomes(text):
+    """{claim: last column} of the table."""
+    return {
+        line.split(" | ")[0].removeprefix("| "): line.rstrip(" |").split(" | ")[-1]
+        for line in text.splitlines()
+        if line.startswith("| ") and not line.startswith("| claim")
+    }
+
+
+def test_confirmed_refuted_undecided_and_not_measured(tmp_path, result):
+    (tmp_path / "evidence.json").write_text(json.dumps(EVIDENCE))
+    result["evidence"] = report.read_evidence(tmp_path / "evidence.json")
+    report.write(tmp_path, result)
+    text = (tmp_path / "claims.md").read_text()
+    found = outcomes(text)
+    assert found["A beats B"] == "not confirmed"
+    assert found["B is cheap"] == "confirmed"
+    assert found["C is flat"] == "undecided"
+    assert found["D"] == "not measured"
+    assert found["SVF by reinforcement beats LoRA"] == "undecided"
+    assert found["SVF of MLPs beats SVF of attention"] == "not confirmed"
+    assert found["SVF of both beats SVF of MLPs alone"] == "confirmed"
+    assert found["Reinforcement beats next-token training for SVF"] == "not measured"
+    assert "Not run: `b`, it needs stories" in text
+    assert "## 3 rows" in text
+    assert re.search(r"\| ratio \| below 0.5 \| \+0.208 \| -0.\d+ to \+0.\d+ \| 3 \| conf", text)
+    assert re.search(r"A beats B: small; `make claims UNITS=\"a\"`", text)
+    kept = json.loads((tmp_path / "claims.json").read_text())
+    assert len(kept["rows"]) == 3
+    assert kept["rows"][2]["y"] == 0.1235
+    assert kept["evidence"]["MLP against attention"]["seeds"] == 4
+    verdicts = {claim["claim"]: claim["verdict"] for claim in kept["claims"]}
+    assert verdicts == found
+
+
+def test_without_running_the_same_comes_out_again(tmp_path, result):
+    first, again = tmp_path / "first", tmp_path / "again"
+    first.mkdir()
+    report.write(first, result)
+    assert main(["--out", str(again), "--report-only", str(first / "claims.json")]) == 0
+    for name in ("claims.json", "claims.md"):
+        assert (again / name).read_text() == (first / name).read_text()
+    assert not (again / "runs.jsonl").exists()
+
+
+def test_another_file_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match="is no claims.json"):
+        report.read(tmp_path / "x.json")
