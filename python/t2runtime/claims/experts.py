@@ -56,7 +56,7 @@ def trained(
     own = folder / f"{task.replace(':', '-')}-{seed}-{mark}"
     path = own / "expert.safetensors"
     own.mkdir(parents=True, exist_ok=True)
-    with _alone(own):
+    with alone(own):
         if not path.exists():
             base, tokenizer = load(model, "float32", "cpu")
             t2k.convert(base, progress=False)
@@ -67,7 +67,7 @@ def trained(
 
 
 @contextmanager
-def _alone(folder: Path, every: float = 1.0) -> Iterator[None]:
+def alone(folder: Path, every: float = 1.0) -> Iterator[None]:
     """The folder's lock, waited for as long as another process has it."""
     with ExitStack() as stack:
         while True:

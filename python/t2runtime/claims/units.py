@@ -54,6 +54,24 @@ KINDS: dict[str, Kind] = {
     "shots": Kind(
         "t2runtime.claims.dispatch", "measure_shots", settings={"problems": 100, **_SEARCH}
     ),
+    "compose": Kind("t2runtime.claims.compose", settings={"problems": 200}),
+    "compose-stories": Kind(
+        "t2runtime.claims.compose",
+        "measure_stories",
+        ("stories",),
+        {"stories_told": 400, "train.steps": 24},
+    ),
+    "transfer": Kind(
+        "t2runtime.claims.transfer",
+        settings={
+            "problems": 200,
+            "shots": 10,
+            **_SEARCH,
+            "second_seed": 1,
+            "second_steps": 2000,
+            "second_rows": 128,
+        },
+    ),
 }
 
 
