@@ -72,6 +72,25 @@ KINDS: dict[str, Kind] = {
             "second_rows": 128,
         },
     ),
+    "vision-digits": Kind(
+        "t2runtime.claims.vision",
+        "measure_digits",
+        ("data",),
+        {"base_steps": 800, "steps": 100, "rows": 64},
+    ),
+    "vision-vqa": Kind(
+        "t2runtime.claims.vision",
+        "measure_vqa",
+        ("data",),
+        {
+            "steps": 30,
+            "prompts": 16,
+            "problems": 200,
+            "shots": 10,
+            "population": 16,
+            "generations": 5,
+        },
+    ),
 }
 
 

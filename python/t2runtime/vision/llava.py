@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import random
-import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,8 +60,7 @@ class Recipe:
     """
 
     seed: int = 0
-    text_steps: int = 1500
-    text_rows: int = 128
+    text_steps: int = 600
     steps: int = 1500
     rows: int = 64
     lr: float = 2e-3
@@ -220,70 +219,57 @@ def fit(
     return losses
 
 
-def learn_text(recipe: Recipe) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """The first stage: a language model that has never seen an image."""
+def make(
+    data: EasyVQA, recipe: Recipe
+) -> tuple[LlamaForCausalLM, LlavaForConditionalGeneration, PreTrainedTokenizerFast]:
+    """Both stages: (the language model before it saw an image, the LLaVA, their tokenizer)."""
     torch.manual_seed(recipe.seed)
-    rng = random.Random(f"text/{recipe.seed}")
+    rng = random.Random(recipe.seed)
     tokenizer = build_tokenizer()
     language = LlamaForCausalLM(language_config(len(tokenizer)))
-    fit(
-        language, tokenizer, lambda: text_row(rng), recipe.text_steps, recipe.text_rows, recipe.lr
-    )  # fmt: skip
-    return language, tokenizer
-
-
-def learn_images(
-    language: LlamaForCausalLM, tokenizer: Any, data: EasyVQA, recipe: Recipe
-) -> LlavaForConditionalGeneration:
-    """The second stage: a LLaVA from a copy of the language model, all of it trained."""
-    torch.manual_seed(recipe.seed)
-    rng = random.Random(f"images/{recipe.seed}")
+    fit(language, tokenizer, lambda: text_row(rng), recipe.text_steps, recipe.rows, recipe.lr)
     model = build_model(language, tokenizer)
     gallery = Gallery(model, data.images, TOKENS)
+    pictures = PictureTokenizer(tokenizer, gallery)
     places = sorted(data.captions)
     try:
         fit(
-            model, PictureTokenizer(tokenizer, gallery), lambda: visual_row(data, places, rng),
-            recipe.steps, recipe.rows, recipe.lr,
+            model, pictures, lambda: visual_row(data, places, rng), recipe.steps, recipe.rows,
+            recipe.lr,
         )  # fmt: skip
     finally:
         gallery.close()
-    return model
+    return language, model, tokenizer
 
 
 def base(
     folder: Path, data: EasyVQA, recipe: Recipe
 ) -> tuple[LlamaForCausalLM, LlavaForConditionalGeneration, PreTrainedTokenizerFast]:
-    """(the language model before it saw an image, the LLaVA, their tokenizer): each kept in
-    `folder` when it is made, and taken from there the next time.
+    """As `make`, kept in `folder` and taken from there the next time.
 
     Raises ValueError where the folder holds a base of another recipe.
     """
     card = folder / "recipe.json"
     if not card.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        card.write_text(json.dumps(asdict(recipe)) + "\n", encoding="utf-8")
-    kept: Mapping[str, Any] = json.loads(card.read_text(encoding="utf-8"))
+        begin = time.process_time()
+        language, model, tokenizer = make(data, recipe)
+        for one, name in ((language, "language"), (model, "llava")):
+            one.save_pretrained(folder / name)
+            tokenizer.save_pretrained(folder / name)
+        facts = {
+            "recipe": asdict(recipe), "parameters": model.num_parameters(),
+            "processor_seconds": time.process_time() - begin,
+        }  # fmt: skip
+        # Last: a folder without it is an unfinished one and made anew.
+        card.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    kept: Mapping[str, Any] = json.loads(card.read_text(encoding="utf-8"))["recipe"]
     if dict(kept) != asdict(recipe):
         raise ValueError(
             f"--out: {folder} holds a base made by {dict(kept)}, not by {asdict(recipe)}. "
             "Take another folder"
         )
-    text, seeing = folder / "language", folder / "llava"
-    if not text.exists():
-        language, tokenizer = learn_text(recipe)
-        _keep(text, language, tokenizer)
-    language = LlamaForCausalLM.from_pretrained(text).eval()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(text)
-    if not seeing.exists():
-        _keep(seeing, learn_images(language, tokenizer, data, recipe), tokenizer)
-    return language, LlavaForConditionalGeneration.from_pretrained(seeing).eval(), tokenizer
-
-
-def _keep(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Save under another name first: a folder that is there is whole."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    part.rename(folder)
+    return (
+        LlamaForCausalLM.from_pretrained(folder / "language").eval(),
+        LlavaForConditionalGeneration.from_pretrained(folder / "llava").eval(),
+        PreTrainedTokenizerFast.from_pretrained(folder / "language"),
+    )

@@ -17,7 +17,7 @@ from t2runtime.vision import llava, vqa
 from t2runtime.vision.easy_vqa import KINDS, SKILLS, EasyVQA
 from t2runtime.vision.llava import Recipe
 
-RECIPE = Recipe(text_steps=2, text_rows=8, steps=2, rows=8)
+RECIPE = Recipe(text_steps=2, steps=2, rows=8)
 QUICK = vqa.Settings(
     recipe=RECIPE, steps=2, prompts=2, problems=4, shots=4, population=6, generations=1
 )
