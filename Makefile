@@ -74,7 +74,7 @@ evidence: install-demo
 		$(if $(STORIES),--stories "$(abspath $(STORIES))")
 
 claims: install-demo
-	$(PIP) install -q ".[hf,plot,search]"
+	$(PIP) install -q ".[hf,plot,search,vision,peft]"
 	mkdir -p $(OUT)/claims
 	cd $(OUT)/claims && $(abspath $(BIN))/python -m t2runtime.claims --out . --seeds $(SEEDS) \
 		$(if $(UNITS),--units $(UNITS)) $(if $(STORIES),--stories "$(abspath $(STORIES))") \

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,8 @@ def run_digits(data: Path, out: Path, seeds: Sequence[int]) -> None:
     images = digits.read(data)
     for seed in seeds:
         settings = digits.Settings(seed=seed)
-        row = finished(
-            out / f"digits{seed}.json", repr(settings), lambda s=settings: digits.measure(images, s)
-        )
+        measure = partial(digits.measure, images, settings)
+        row = finished(out / f"digits{seed}.json", repr(settings), measure)
         print(f"seed {seed}\n{digits.table(row)}\n")
 
 
@@ -56,10 +56,8 @@ def run_vqa(data: Path, out: Path, seeds: Sequence[int]) -> None:
     questions = easy_vqa.EasyVQA.read(data)
     for seed in seeds:
         settings = vqa.Settings(seed=seed)
-        row = finished(
-            out / f"vqa{seed}.json", repr(settings),
-            lambda s=settings: vqa.measure(questions, out, s),
-        )  # fmt: skip
+        measure = partial(vqa.measure, questions, out, settings)
+        row = finished(out / f"vqa{seed}.json", repr(settings), measure)
         print(f"seed {seed}\n{vqa.table(row)}\n")
 
 
