@@ -20,24 +20,20 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def shots(
-    path: Path, curves: Mapping[str, Mapping[int, tuple[float, float, float]]]
-) -> dict[str, str]:
-    """{set: {shots: (mean, low, high)}} as a panel a set; 0 shots, the base, is a dashed line."""
-    figure = _figure(4.2 * len(curves), 3.2)
+def shots(path: Path, curve: Mapping[int, tuple[float, float, float]]) -> dict[str, str]:
+    """{shots: (mean, low, high)}; 0 shots, the base, is a dashed line."""
+    figure = _figure(4.6, 3.2)
     if figure is None:
         return {}
-    panels = figure.subplots(1, len(curves), squeeze=False)[0]
-    for panel, (name, curve) in zip(panels, curves.items(), strict=True):
-        counts = [n for n in curve if n]
-        means = [curve[n][0] for n in counts]
-        halves = [curve[n][2] - curve[n][0] for n in counts]
-        panel.errorbar(counts, means, yerr=halves, fmt="o-", capsize=3, label="few-shot, CEM")
-        if 0 in curve:
-            panel.axhline(curve[0][0], color="grey", linestyle="--", label="base")
-        panel.set(title=f"{name} tasks", xlabel="shots", xticks=counts,
-                  ylabel="greedy accuracy, %")  # fmt: skip
-        panel.legend()
+    panel = figure.subplots()
+    counts = [n for n in curve if n]
+    means = [curve[n][0] for n in counts]
+    halves = [curve[n][2] - curve[n][0] for n in counts]
+    panel.errorbar(counts, means, yerr=halves, fmt="o-", capsize=3, label="few-shot, CEM")
+    if 0 in curve:
+        panel.axhline(curve[0][0], color="grey", linestyle="--", label="base")
+    panel.set(title="unseen tasks", xlabel="shots", xticks=counts, ylabel="greedy accuracy, %")
+    panel.legend()
     figure.savefig(path, dpi=_DPI)
     return {path.name: "accuracy against the number of shots, with 95 % intervals over seeds"}
 

@@ -48,7 +48,7 @@ def dispatch_row(seed=0, few=70.0):
 
 def shots_row(seed=0):
     part = {"accuracy": {"0": {"x": 40.0}, "3": {"x": 60.0}, "5": {"x": 62.0}, "20": {"x": 63.0}}}
-    return {"unit": "shots", "seed": seed, "trained": part, "unseen": part}
+    return {"unit": "shots", "seed": seed, **part}
 
 
 def test_numbers_of_the_claims():
@@ -80,7 +80,7 @@ def test_pictures_are_drawn_from_rows(tmp_path):
 
 def test_without_matplotlib_there_are_none(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert pictures.shots(tmp_path / "a.png", {"unseen": {3: (1.0, 0.0, 2.0)}}) == {}
+    assert pictures.shots(tmp_path / "a.png", {3: (1.0, 0.0, 2.0)}) == {}
     assert pictures.alpha(tmp_path / "a.png", {"x": [1.0]}, ["e"]) == {}
     assert pictures.alpha_layers(tmp_path / "a.png", {"x": [[1.0]]}, ["e"]) == {}
     assert not list(tmp_path.iterdir())
@@ -103,7 +103,7 @@ def test_two_seeds_from_training_to_markdown(tmp_path):
     assert len(list((tmp_path / "experts").iterdir())) == 10
     reached = result["rows"][0]["unseen"]["accuracy"]
     assert set(reached["base"]) == set(UNSEEN)
-    assert {"base", "expert add", "mixture", "router", "few-shot, cem per layer"} <= set(reached)
+    assert {"base", "expert add", "mixture", "record", "few-shot, cem per layer"} <= set(reached)
     verdicts = {c["claim"]: c["verdict"] for c in result["claims"]}
     assert verdicts["SVF by reinforcement beats LoRA"] == "not measured"
     assert verdicts["Accuracy is flat from five shots on"] == "not measured"
