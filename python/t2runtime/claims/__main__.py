@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     evidence = report.read_evidence(args.evidence) if args.evidence else None
     if args.report_only:
-        result = report.read(args.report_only)
+        result = report.merged([report.read(path) for path in args.report_only])
         evidence = result["evidence"] if evidence is None else evidence
     else:
         result = _measured(args)
@@ -75,8 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     help_set = 'settings of the units; "train.steps=1" of every training'
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=NUMBER", help=help_set)
-    help_only = "a claims.json: judge and draw again, run nothing"
-    parser.add_argument("--report-only", type=Path, metavar="FILE", help=help_only)
+    help_only = "claims.json files: judge and draw again, run nothing; a kind of unit that several "
+    help_only += "have is taken from the last"
+    parser.add_argument("--report-only", type=Path, nargs="+", metavar="FILE", help=help_only)
     return parser
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,24 @@ def read(path: Path) -> dict[str, Any]:
         return {part: data[part] for part in _PARTS}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no claims.json ({error!r})") from error
+
+
+def merged(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several results as one: the rows and settings of a kind of unit are those of the
+    last that has it; the evidence is the last there is.
+    """
+    rows: dict[str, list[Row]] = {}
+    one: dict[str, Any] = {"environment": {}, "settings": {}, "lacking": {}, "evidence": {}}
+    for result in results:
+        own: dict[str, list[Row]] = {}
+        for row in result["rows"]:
+            own.setdefault(row["unit"], []).append(row)
+        rows |= own
+        for part in one:
+            one[part] = {**one[part], **result[part]}
+    one["lacking"] = {name: lacks for name, lacks in one["lacking"].items() if name not in rows}
+    seeds = max(result["seeds"] for result in results)
+    return {**one, "seeds": seeds, "rows": [row for each in rows.values() for row in each]}
 
 
 def modules() -> list[Any]:

@@ -44,7 +44,7 @@ class Kind:
         return getattr(import_module(self.module), self.function)  # type: ignore[no-any-return]
 
 
-_SEARCH = {"population": 24, "generations": 4}
+_SEARCH = {"population": 20, "generations": 4}
 
 KINDS: dict[str, Kind] = {
     "dispatch": Kind(

@@ -30,7 +30,7 @@ def claims_module(**more):
 
         @staticmethod
         def section(rows):
-            return [f"## {len(rows['a'])} rows", "", "as found"]
+            return [f"## {len(rows.get('a', ()))} rows", "", "as found"]
 
     return Module
 
@@ -89,6 +89,25 @@ def test_without_running_the_same_comes_out_again(tmp_path, result):
     for name in ("claims.json", "claims.md"):
         assert (again / name).read_text() == (first / name).read_text()
     assert not (again / "runs.jsonl").exists()
+
+
+def test_results_of_several_runs_are_put_together(tmp_path, result):
+    other = {**result, "rows": [{"unit": "b", "seed": s, "z": 5.0 + s} for s in range(4)],
+             "lacking": {"c": "data"}, "seeds": 4, "settings": {"b": {"n": 1}}}  # fmt: skip
+    again = {**result, "rows": [{"unit": "a", "seed": 0, "x": 1.0, "y": 0.0, "z": 0.0}]}
+    folders = [tmp_path / name for name in "xyz"]
+    for folder, one in zip(folders, (result, other, again), strict=True):
+        folder.mkdir()
+        report.write(folder, one)
+    files = [str(folder / "claims.json") for folder in folders[:2]]
+    assert main(["--out", str(tmp_path / "both"), "--report-only", *files]) == 0
+    found = outcomes((tmp_path / "both" / "claims.md").read_text())
+    assert (found["A beats B"], found["D"]) == ("not confirmed", "confirmed")
+    kept = report.read(tmp_path / "both" / "claims.json")
+    assert (kept["seeds"], kept["settings"]) == (4, {"a": {}, "b": {"n": 1}})
+    assert kept["lacking"] == {"c": "data"}
+    last = report.merged([report.read(folder / "claims.json") for folder in folders])
+    assert [row["unit"] for row in last["rows"]] == ["a", "b", "b", "b", "b"]
 
 
 def test_another_file_is_refused(tmp_path):
