@@ -34,6 +34,8 @@ KIND = "transfer"
 #: What both models have to gain from an expert.
 TASKS = ("reverse", "max", "order")
 _PEAK_LR = 2e-3
+#: Changes to the recipe of the second model's own experts, which only say what could be reached.
+_OWN = {"prompts": 16, "validate_every": 5}
 
 
 def second_model(context: Context) -> Path:
@@ -64,7 +66,7 @@ def measure(seed: int, context: Context) -> dict[str, Any]:
     first = _Bench(context.model, seed, experts, ("shuffled", OWN))
     row: dict[str, Any] = {"problems": {name: len(part) for name, part in asked.items()}}
     row["first"] = first.table(asked)
-    own = {name: t2k.Expert.load(context.trained(name, seed, second)) for name in TASKS}
+    own = {name: t2k.Expert.load(context.trained(name, seed, second, **_OWN)) for name in TASKS}
     there = _Bench(second, seed, experts, ORDERS, own)
     row["second"] = there.table(asked)
     row["alpha"] = {}

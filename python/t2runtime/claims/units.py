@@ -59,7 +59,7 @@ KINDS: dict[str, Kind] = {
         "t2runtime.claims.compose",
         "measure_stories",
         ("stories",),
-        {"stories_told": 400, "train.steps": 24},
+        {"stories_told": 400, "train.steps": 16, "train.prompts": 8},
     ),
     "transfer": Kind(
         "t2runtime.claims.transfer",
