@@ -5,6 +5,7 @@
     adapt                     pass 1: by prompt, by classification expert, by few shots
     peft                      SVF as a method of the PEFT library, for its users and for TRL
     engine                    Transformer2: two passes over a batch with a mixture per request
+    compare, harness          strategies in one table; the model for lm-eval
     invariant                 a whole model whose rows do not know each other
     cli, commands             `t2 env | decompose | train | generate | chat | ... | demo`
 
