@@ -17,6 +17,7 @@ from t2runtime.evidence.ledger import Row
 
 CONFIRMED, REFUTED, UNDECIDED = "confirmed", "not confirmed", "undecided"
 NOT_MEASURED = "not measured"
+VERDICTS = (CONFIRMED, REFUTED, UNDECIDED, NOT_MEASURED)
 
 
 @dataclass(frozen=True)

@@ -282,7 +282,7 @@ def shown(values: Sequence[float]) -> str:
 
 def table(title: str, note: str, heads: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
     return [
-        f"### {title}", "", note, "",
+        f"## {title}", "", note, "",
         "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|",
         *("| " + " | ".join(line) + " |" for line in lines),
     ]  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from t2runtime.claims.claim import Claim
+from t2runtime.claims.unseen import UNSEEN as UNSEEN_TASKS
 from t2runtime.evidence.intervals import interval
 from t2runtime.evidence.ledger import Row
 
@@ -136,11 +137,20 @@ def section(rows: Rows) -> list[str]:
     found, by_count = rows.get("dispatch", ()), rows.get("shots", ())
     for name in (TRAINED, UNSEEN) if len(found) > 1 else ():
         lines += [f"## {name.capitalize()} tasks by strategy", "", _counts(found, name), ""]
+        lines += [_examples(), ""] if name == UNSEEN else []
         lines += [*_table([(row[name]["accuracy"]) for row in found], "strategy"), ""]
     if len(by_count) > 1:
         lines += ["## Unseen tasks by shots (CEM, one weight per expert)", ""]
         lines += [*_table([row["accuracy"] for row in by_count], "shots"), ""]
     return lines
+
+
+def _examples() -> str:
+    """One question of each unseen task."""
+    said = [f"{name} `{source(1, 'test', 0)[0].prompt}`" for name, source in UNSEEN_TASKS.items()]
+    return (
+        f"The tasks: {', '.join(said)}. How they were chosen: `python/t2runtime/claims/unseen.py`."
+    )
 
 
 def _counts(found: Sequence[Row], name: str) -> str:

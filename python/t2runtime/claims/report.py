@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -11,11 +12,22 @@ from typing import Any
 
 from t2kernels.files import atomic_path
 from t2runtime.claims import training
-from t2runtime.claims.claim import NOT_MEASURED, judge
+from t2runtime.claims.claim import NOT_MEASURED, VERDICTS, judge
 from t2runtime.claims.units import KINDS
 from t2runtime.evidence.ledger import Row
 
 _DIGITS = 4
+_WIDTH = 116
+_MADE = (
+    "Made by `make claims` ({facts}); {seeds} seeds where the table says no less, experts trained "
+    "anew under each, one thread a unit. Models of a million parameters or less, tasks to match: "
+    "what is confirmed here is confirmed at this size, what is not may still hold at the paper's."
+)
+_RULE = (
+    "A claim puts a number into a range. With the number's 95 % Student interval over seeds it is "
+    "**confirmed** where the whole interval lies in the range, **not confirmed** where it lies "
+    "outside, else **undecided**. Of all claims {counts}."
+)
 _PARTS = ("environment", "seeds", "settings", "lacking", "evidence", "rows")
 
 
@@ -104,21 +116,23 @@ def _markdown(
     more: list[list[str]],
 ) -> str:  # fmt: skip
     facts = ", ".join(f"{name} {value}" for name, value in result["environment"].items())
+    counts = ", ".join(f"{sum(f['verdict'] == v for f in judged)} are {v}" for v in VERDICTS)
     parts = [
         "# Claims of the paper, tried here", "",
-        f"Made by `make claims` ({facts}); {result['seeds']} seeds, everything",
-        "trained anew under each; one thread a unit. Models of less than a million parameters and",
-        "generated tasks: what is confirmed here is confirmed at this size, what is not may still",
-        "hold at the paper's.", "",
-        "A claim puts a number into a range. With the number's 95 % Student interval over seeds it",
-        "is **confirmed** where the whole interval lies in the range, **not confirmed** where it",
-        "lies outside, else **undecided**.", "",
+        _wrapped(_MADE.format(facts=facts, seeds=result["seeds"])), "",
+        _wrapped(_RULE.format(counts=counts)), "",
         "| claim | paper | measured here | range | mean | 95 % | seeds | outcome |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     parts += [_line(found) for found in judged]
     parts += ["", "What differs from the paper, and what measures it:", ""]
-    parts += [f"- {found['claim']}: {found['differs']} `{found['command']}`" for found in judged]
+    same: dict[tuple[str, str], list[str]] = {}
+    for found in judged:
+        same.setdefault((found["differs"], found["command"]), []).append(found["claim"])
+    parts += [
+        _wrapped(f"- *{'; '.join(them)}*: {differs} `{how}`")
+        for (differs, how), them in same.items()
+    ]
     for name, lacks in result["lacking"].items():
         parts += ["", f"Not run: `{name}`, it needs {lacks} (see the Makefile)."]
     for lines in more:
@@ -126,6 +140,14 @@ def _markdown(
     for file, shows in pictures.items():
         parts += ["", f"![{shows}]({file})"]
     return "\n".join(parts) + "\n"
+
+
+def _wrapped(text: str) -> str:
+    """In lines of the documents' length; what is one word stays whole."""
+    return textwrap.fill(
+        text, _WIDTH, subsequent_indent="  " if text.startswith("- ") else "",
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def _line(found: Mapping[str, Any]) -> str:

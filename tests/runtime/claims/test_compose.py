@@ -158,6 +158,6 @@ def test_the_section_has_a_line_for_every_set() -> None:
     assert "| add + reverse + max + order |" in text and "| reverse of add | 1.0 (1.0 to" in text
     assert "at most 0.5 % are right" in text
     only = compose.section({"compose": rows["compose"]})
-    assert only[0].startswith("### Questions")
+    assert only[0].startswith("## Questions")
     heads = [line for line in only if line.startswith("|")]
     assert len({line.count("|") for line in heads}) == 1

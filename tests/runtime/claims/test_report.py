@@ -71,8 +71,13 @@ def test_confirmed_refuted_undecided_and_not_measured(tmp_path, result):
     assert found["Reinforcement beats next-token training for SVF"] == "not measured"
     assert "Not run: `b`, it needs stories" in text
     assert "## 3 rows" in text
+    assert "2 are confirmed, 2 are not confirmed, 2 are undecided, 3 are not measured" in " ".join(
+        text.split()
+    )
     assert re.search(r"\| ratio \| below 0.5 \| \+0.208 \| -0.\d+ to \+0.\d+ \| 3 \| conf", text)
-    assert re.search(r"A beats B: small; `make claims UNITS=\"a\"`", text)
+    assert re.search(
+        r"\*A beats B; B is cheap; C is flat\*: small; `make claims UNITS=\"a\"`", text
+    )
     kept = json.loads((tmp_path / "claims.json").read_text())
     assert len(kept["rows"]) == 3
     assert kept["rows"][2]["y"] == 0.1235
