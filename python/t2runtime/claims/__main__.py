@@ -27,24 +27,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit("--seeds must be at least 2 (intervals need two) and --jobs at least 1")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args.out.mkdir(parents=True, exist_ok=True)
-    evidence = report.read_evidence(args.evidence) if args.evidence else None
-    if args.report_only:
-        result = report.merged([report.read(path) for path in args.report_only])
-        evidence = result["evidence"] if evidence is None else evidence
-    else:
-        result = _measured(args)
-    report.write(args.out, {**result, "evidence": evidence or {}})
+    try:
+        known = report.read_evidence(args.evidence) if args.evidence else {}
+        files = [report.read(path) for path in args.report_only]
+        result = report.merged(files) if files else _measured(args)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    evidence = {**result.get("evidence", {}), **known}
+    report.write(args.out, {**result, "evidence": evidence})
     print((args.out / "claims.md").read_text(encoding="utf-8"))
     return 0
 
 
 def _measured(args: argparse.Namespace) -> dict[str, Any]:
-    try:
-        settings = dict(_setting(text) for text in args.set)
-        context = Context(args.out.resolve(), args.model, args.stories, args.data, settings)
-        wanted, lacking = units(args.units, range(args.seeds), context)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    settings = dict(_setting(text) for text in args.set)
+    context = Context(args.out.resolve(), args.model, args.stories, args.data, settings)
+    wanted, lacking = units(args.units, range(args.seeds), context)
     rows = finish(wanted, Ledger(args.out / "runs.jsonl"), args.jobs, "claims")
     own = {name: dict(unit.settings) for unit in wanted for name in [unit.name]}
     return {
@@ -77,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=NUMBER", help=help_set)
     help_only = "claims.json files: judge and draw again, run nothing; a kind of unit that several "
     help_only += "have is taken from the last"
-    parser.add_argument("--report-only", type=Path, nargs="+", metavar="FILE", help=help_only)
+    parser.add_argument(
+        "--report-only", type=Path, nargs="+", default=[], metavar="FILE", help=help_only
+    )
     return parser
 
 

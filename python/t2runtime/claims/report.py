@@ -32,14 +32,19 @@ _PARTS = ("environment", "seeds", "settings", "lacking", "evidence", "rows")
 
 
 def read_evidence(path: Path) -> dict[str, Any]:
-    """{question: its answer} of an evidence.json."""
-    data = json.loads(path.read_text(encoding="utf-8"))
-    seeds = min(line["seeds"] for line in data["arms"])
-    kept = ("difference", "interval")
-    return {
-        found["question"]: {**{k: found[k] for k in kept}, "seeds": seeds}
-        for found in data["answers"]
-    }
+    """{question: its answer} of an evidence.json; ValueError for another file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        seeds = min(line["seeds"] for line in data["arms"])
+        kept = ("difference", "interval")
+        return {
+            found["question"]: {**{k: found[k] for k in kept}, "seeds": seeds}
+            for found in data["answers"]
+        }
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"--evidence must be an evidence.json made by `make evidence`, got {path} ({error!r})"
+        ) from error
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -47,8 +52,10 @@ def read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         return {part: data[part] for part in _PARTS}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no claims.json ({error!r})") from error
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--report-only takes claims.json files made by `make claims`, got {path} ({error!r})"
+        ) from error
 
 
 def merged(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

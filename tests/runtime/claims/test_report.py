@@ -117,5 +117,7 @@ def test_results_of_several_runs_are_put_together(tmp_path, result):
 
 def test_another_file_is_refused(tmp_path):
     (tmp_path / "x.json").write_text('{"rows": []}')
-    with pytest.raises(ValueError, match="is no claims.json"):
-        report.read(tmp_path / "x.json")
+    for option in ("--report-only", "--evidence"):
+        for name in ("x.json", "missing.json"):
+            with pytest.raises(SystemExit, match=rf"{option} .*got .*{name}"):
+                main(["--out", str(tmp_path), option, str(tmp_path / name)])
