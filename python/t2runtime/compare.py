@@ -13,7 +13,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -44,7 +44,8 @@ class Comparison:
     that choosing took, as `search` counts them, pass 1 included. search_seconds: of choosing once
     for all questions; 0 for what was read from a file. pass1_seconds, pass2_seconds: the engine's,
     summed over the batches. failed: problems without an answer (`Output.error`); they count as
-    wrong. failure: why the first of them has none.
+    wrong. failure: why the first of them has none. left_out: problems that were not scored, since
+    one of the strategies was found with them.
     """
 
     strategy: str
@@ -57,6 +58,7 @@ class Comparison:
     pass2_seconds: float
     failed: int = 0
     failure: str | None = None
+    left_out: int = 0
 
     @property
     def ratio(self) -> float:
@@ -68,7 +70,7 @@ class Comparison:
         own = {
             name: getattr(self, name)
             for name in ("shots", "forwards", "search_seconds", "pass1_seconds", "pass2_seconds",
-                         "ratio", "failed", "failure")
+                         "ratio", "failed", "failure", "left_out")
         }  # fmt: skip
         by_task = {task: _facts(score) for task, score in self.by_task.items()}
         return {"strategy": self.strategy, **_facts(self.score), "by_task": by_task, **own}
@@ -147,9 +149,10 @@ def compare(
             looks = isinstance(strategy, str) and strategy in _LOOKS
             ways.append(_Way(label, t2, lambda tasks, same=strategy: same, looks))  # type: ignore[misc]
     more = shots if shots_from == split else 0
-    asked = _held_out(sources, split, problems, more, seed, ways)
+    asked, left = _held_out(sources, split, problems, more, seed, ways)
     t2.generate([asked[0][1].prompt], None, max_new_tokens=1)  # what only a first call costs
-    return [_row(way, sources, asked, max_new_tokens, rows, progress) for way in ways]
+    found = [_row(way, sources, asked, max_new_tokens, rows, progress) for way in ways]
+    return [replace(row, left_out=left) for row in found]
 
 
 def _checked(
@@ -270,18 +273,20 @@ class _Finder:
 def _held_out(
     sources: Mapping[str, Source], split: Split, count: int, more: int, seed: int,
     ways: Sequence[_Way],
-) -> list[tuple[str, Problem]]:  # fmt: skip
-    """(task, problem) to be scored, the tasks mixed; none that a strategy was found with. `more`
-    are drawn in place of shots.
+) -> tuple[list[tuple[str, Problem]], int]:  # fmt: skip
+    """(task, problem) to be scored, the tasks mixed; none that a strategy was found with, and how
+    many were. `more` are drawn in place of shots.
     """
     used = {mark for way in ways for mark in way.marks}
     asked: list[tuple[str, Problem]] = []
+    left = 0
     for task, source in sources.items():
         drawn = source(count + more, split, seed)
         shots = [problem for problem in drawn if question_mark(problem) in used]
-        asked += [(task, problem) for problem in held_out(drawn, shots)[0][:count]]
+        rest, out = held_out(drawn, shots)
+        asked, left = asked + [(task, problem) for problem in rest[:count]], left + out
     random.Random(f"compare/{seed}").shuffle(asked)
-    return asked
+    return asked, left
 
 
 def _row(

@@ -77,6 +77,7 @@ def test_every_strategy_in_one_table(t2: Transformer2, sources: Any) -> None:
     ]  # fmt: skip
     assert vars(t2) == before, "the engine is left as it is"
     assert {row.score.total for row in rows} == {4}, "one of three left out of each task, for all"
+    assert {row.left_out for row in rows} == {2}
     assert {row.by_task["x"].right for row in rows} == {0}
     assert by_name["a 1 + b 1"].by_task["a"].accuracy == 1.0
     assert by_name["few-shot, cem"].by_task["a"].accuracy == 1.0, "both at 1 are in the search"

@@ -12,6 +12,7 @@ import pytest
 
 import t2kernels as t2k
 from t2runtime.cli import main
+from t2runtime.sources import sources
 
 QUICK = ["--shots", "2", "--population", "6", "--elites", "2", "--generations", "1",
          "--limit", "8"]  # fmt: skip
@@ -94,10 +95,32 @@ def test_the_table_as_text(experts: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main([*words, *few]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("other + add, 16 distinct test problems, greedy")
-    assert [line.split("  ")[1] for line in lines[2:]] == ["few-shot, cem", "few-shot, random"]
+    assert lines[1].startswith("4 of the problems drawn were left out")
+    assert [line.split("  ")[1] for line in lines[3:]] == ["few-shot, cem", "few-shot, random"]
     assert main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["base", "add", "far"]
+
+
+def test_each_task_has_its_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By TASK=PATH; a single task also by the path alone. What does not fit is reported."""
+    path = tmp_path / "sums"
+    path.mkdir()
+    for split, question in (("train", "2+2="), ("test", "1+1=")):
+        line = json.dumps({"question": question, "answer": "so\n#### 2"})
+        (path / f"{split}.jsonl").write_text(line)
+    named = sources(["gsm8k", "other"], data=[f"gsm8k={path}"])
+    assert list(named) == ["gsm8k", "other"]
+    assert "1+1=" in named["gsm8k"](5, "test", 0)[0].prompt
+    assert "1+1=" in sources(["gsm8k"], data=[str(path)])["gsm8k"](5, "test", 0)[0].prompt
+    words = ["eval", "small", "--task", "gsm8k", "--task", "other", "--data", f"gsm8k={path}"]
+    table = result(capsys, *words, "--limit", "3", "--max-new-tokens", "8")
+    (row,) = table["strategies"]
+    assert row["by_task"]["other"]["right"] == 3
+    assert row["by_task"]["gsm8k"]["right"] == 0 and row["by_task"]["gsm8k"]["problems"] == 1
+    assert row["failed"] == 1 and "the model's context holds 64" in row["failure"]
+    with pytest.raises(ValueError, match="task 'gsm8k' has its data given twice"):
+        sources(["gsm8k", "add"], data=["gsm8k=a", "gsm8k=b"])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from t2runtime.adapt.prompt import Categories, Verdict, classify
 from t2runtime.adapt.record import Record, measure_record, record_of_tasks
 from t2runtime.adapt.router import Router, RouterConfig, train_router
 from t2runtime.adapt.search import cma_es, random_search
-from t2runtime.adapt.shots import gain, held_out
+from t2runtime.adapt.shots import held_out
 
 __all__ = [
     "Categories",
@@ -26,7 +26,6 @@ __all__ = [
     "classify",
     "cma_es",
     "cross_entropy_method",
-    "gain",
     "gradient_ascent",
     "held_out",
     "load_mixture",

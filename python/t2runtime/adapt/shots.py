@@ -8,16 +8,14 @@ import hashlib
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2runtime.evaluate import Score, evaluate
 from t2runtime.generation import complete, forced, token_log_probs
-from t2runtime.tasks import Grader, Problem
+from t2runtime.tasks import Problem
 
 logger = logging.getLogger(__name__)
 OnLeak = Literal["remove", "error"]
@@ -84,42 +82,6 @@ def held_out(
 def without_shots(problems: Sequence[Problem], shots: Sequence[Problem]) -> list[Problem]:
     """The problems that were not used as shots."""
     return held_out(problems, shots)[0]
-
-
-@dataclass(frozen=True)
-class Gain:
-    """Base and mixture on the same problems; `leaked` shots among them were left out."""
-
-    base: Score
-    mixture: Score
-    leaked: int
-
-
-def gain(
-    model: Any,
-    tokenizer: Any,
-    bank: Any,
-    alpha: Tensor,
-    problems: Sequence[Problem],
-    shots: Sequence[Problem],
-    max_new_tokens: int,
-    grader: Grader,
-    *,
-    on_leak: OnLeak = "remove",
-    rows: int = 256,
-    chat: str = "auto",
-) -> Gain:
-    """Greedy accuracy of the base and of one mixture, alpha (K,) or (L, K) in the bank's order, on
-    the problems that are no shots.
-    """
-    rest, out = held_out(problems, shots, on_leak)
-    reached = []
-    for routing in (None, alpha[None]):
-        with bank.use(routing):
-            reached.append(
-                evaluate(model, tokenizer, grader, rest, max_new_tokens, rows=rows, chat=chat)
-            )
-    return Gain(reached[0], reached[1], out)
 
 
 def log_likelihood(

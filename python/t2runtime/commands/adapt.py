@@ -17,7 +17,6 @@ from t2runtime.adapt.fewshot import FewShot, search
 from t2runtime.adapt.mixtures import load_mixture, save_mixture
 from t2runtime.adapt.record import Record, record_of_tasks
 from t2runtime.adapt.router import Router, RouterConfig, train_router
-from t2runtime.adapt.shots import gain
 from t2runtime.commands.train import targets
 from t2runtime.compare import compare, text_table
 from t2runtime.engine import Transformer2
@@ -102,8 +101,6 @@ def _mixture(args: argparse.Namespace, task: Source) -> dict[str, Any]:
     """The mixture of a task, by a search on its shots."""
     name = check_name(args.name or task.name, "task")  # now, so that no search is lost by it
     shots = task(args.shots, args.shots_from, args.seed)
-    more = args.shots if args.shots_from == "test" else 0
-    problems = task(args.limit + more, "test", args.seed)
     t2 = _engine(args)
     model, tokenizer, bank = t2.model, t2.tokenizer, t2.bank
     new_tokens = args.max_new_tokens or task.max_new_tokens
@@ -116,9 +113,10 @@ def _mixture(args: argparse.Namespace, task: Source) -> dict[str, Any]:
     # Saved before it is scored: an interrupted evaluation loses nothing.
     facts = {"shots": len(shots), "shots_from": args.shots_from, "model": args.model}
     path = save_mixture(args.out, found.saved(name, **facts))
-    reached = gain(
-        model, tokenizer, bank, load_mixture(path).alpha(bank), problems, shots, new_tokens, task,
-        rows=args.rows, chat=args.chat,
+    rows = compare(
+        t2, {task.name: task}, [None, "few-shot"], mixtures={task.name: load_mixture(path)},
+        problems=args.limit, shots=args.shots, shots_from=args.shots_from, rows=args.rows,
+        max_new_tokens=args.max_new_tokens, seed=args.seed,
     )  # fmt: skip
     return {
         "model": args.model,
@@ -133,11 +131,11 @@ def _mixture(args: argparse.Namespace, task: Source) -> dict[str, Any]:
         "budget": found.budget,
         "seconds": seconds,
         "on_shots": dict(zip(("accuracy", "log_likelihood"), found.search.score, strict=True)),
-        "leaked": reached.leaked,
-        "problems": reached.base.total,
+        "leaked": rows[0].left_out,
+        "problems": rows[0].score.total,
         "scores": {
-            row: {"accuracy": s.accuracy, "interval": s.interval, "right": s.right}
-            for row, s in (("base", reached.base), ("mixture", reached.mixture))
+            name: {"accuracy": s.accuracy, "interval": s.interval, "right": s.right}
+            for name, s in zip(("base", "mixture"), (row.score for row in rows), strict=True)
         },
         "mean_weights": _means(found),
     }

@@ -158,6 +158,11 @@ def show(result: dict[str, Any]) -> str:
     if result["repeated_prompts"]:
         lines.append(f"{result['repeated_prompts']} held-out rows repeated a prompt: left out")
     if "strategies" in result:
+        left = result["strategies"][0]["left_out"]
+        if left:
+            lines.append(
+                f"{left} of the problems drawn were left out: a strategy was found with them"
+            )
         return "\n".join([*lines, text_table(result["strategies"])])
     width = max(map(len, result["scores"]))
     for name, score in result["scores"].items():
