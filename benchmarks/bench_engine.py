@@ -1,23 +1,34 @@
 """Two-pass generation against itself: what pass 1, different mixtures and batch invariance cost.
 
-    python benchmarks/bench_engine.py [--model FOLDER] [--rows 32] [--new-tokens 128] [--rounds 5]
+    python benchmarks/bench_engine.py --json out.json
+    python benchmarks/bench_engine.py --tokenizer FOLDER     # another vocabulary
+    python benchmarks/bench_engine.py --model FOLDER --rounds 3 --no-invariant
 
-Without --model a random Llama of --width and --layers with a character tokenizer, so that every
-request makes all its tokens. The forms take turns in every round; medians of rounds, and ratios
-within one run. Goals: pass 1 at most 0.15 of pass 2; 32 mixtures at least 0.95 of the tokens per
-second of one expert.
+Without --model a random Llama of --width and --layers whose end token is never the likeliest, so
+that every request makes all its tokens; its tokenizer knows single characters, unless --tokenizer
+names a folder with another. Pass 1 reads the experts' names token by token, so the vocabulary
+counts. The forms take turns in every round; medians of rounds, and ratios within one run. Goals:
+pass 1 at most 0.15 of pass 2; 32 mixtures at least 0.95 of the tokens per second of one expert.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import statistics
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
+# Also where Python leaves the script's own folder out of its path (-P, PYTHONSAFEPATH).
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
 import torch
+from ceilings import environment
+from results import SCHEMA, write
 
 import t2kernels as t2k
 from t2runtime.base_model import build_tokenizer
@@ -29,12 +40,14 @@ WORDS = ("add", "flip", "the largest of", "who is first among", "count", "say")
 GOALS = {"pass 1 / pass 2": ("<=", 0.15), "mixtures / one expert": (">=", 0.95)}
 
 
-def random_model(width: int, layers: int) -> tuple[Any, Any]:
-    """A random Llama whose end token is never the likeliest, and a tokenizer of characters."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def random_model(width: int, layers: int, folder: str | None = None) -> tuple[Any, Any]:
+    """A random Llama whose end token is never the likeliest, and the tokenizer of a folder, or one
+    of characters.
+    """
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer() if folder is None else AutoTokenizer.from_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 11 // 4 // 64 * 64,
         num_hidden_layers=layers, num_attention_heads=width // 64, num_key_value_heads=width // 64,
@@ -53,7 +66,7 @@ def engine(args: argparse.Namespace) -> Transformer2:
     if args.model:
         model, tokenizer = load(args.model)
     else:
-        model, tokenizer = random_model(args.width, args.layers)
+        model, tokenizer = random_model(args.width, args.layers, args.tokenizer)
     t2k.convert(model, progress=False)
     bank = t2k.ExpertBank(model)
     for name, expert in random_experts(model, 6, 0).items():
@@ -63,7 +76,7 @@ def engine(args: argparse.Namespace) -> Transformer2:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each form, median over rounds, and the ratios that the goals are about."""
+    """Seconds of each form, medians over rounds, and the ratios that the goals are about."""
     t2 = engine(args)
     prompts = [f"{WORDS[i % len(WORDS)]} {7919 * (i + 1) % 100003}=" for i in range(args.rows)]
     names = t2.bank.names
@@ -81,62 +94,98 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "two passes": (nullcontext, "prompt"),
         "one expert": (nullcontext, names[0]),
         "mixtures": (nullcontext, many),
-        "mixtures, invariant": (t2k.batch_invariant, many),
-        "two passes, invariant": (t2k.batch_invariant, "prompt"),
     }
-    first: dict[str, list[float]] = {form: [] for form in forms}
-    second: dict[str, list[float]] = {form: [] for form in forms}
+    if args.invariant:
+        forms["mixtures, invariant"] = (t2k.batch_invariant, many)
+        forms["two passes, invariant"] = (t2k.batch_invariant, "prompt")
+    seconds: dict[str, list[tuple[float, float]]] = {form: [] for form in forms}
     order = list(forms.items())
     for turn in range(args.rounds + 1):
-        for form, (mode, strategy) in order[turn % 5 :] + order[: turn % 5]:
+        first = turn % len(order)
+        for form, (mode, strategy) in order[first:] + order[:first]:
             with mode():
                 output = call(strategy)[0]
             if turn:  # the first round warms up
-                first[form].append(output.pass1_seconds)
-                second[form].append(output.pass2_seconds)
+                seconds[form].append((output.pass1_seconds, output.pass2_seconds))
 
-    def ratio(a: list[float], b: list[float]) -> float:
-        return statistics.median(x / y for x, y in zip(a, b, strict=True))
+    def ratio(one: str, part: int, other: str, other_part: int) -> list[float]:
+        """Over rounds: median, smallest, largest."""
+        found = [x[part] / y[other_part] for x, y in zip(seconds[one], seconds[other], strict=True)]
+        return [statistics.median(found), min(found), max(found)]
 
-    return {
-        "rows": args.rows,
-        "new_tokens": args.new_tokens,
-        "threads": torch.get_num_threads(),
-        "seconds": {
-            form: {"pass 1": statistics.median(first[form]),
-                   "pass 2": statistics.median(second[form])} for form in forms
-        },
-        "ratios": {
-            "pass 1 / pass 2": ratio(first["two passes"], second["two passes"]),
-            "mixtures / one expert": ratio(second["one expert"], second["mixtures"]),
-            "invariant / usual, pass 2": ratio(second["mixtures, invariant"], second["mixtures"]),
-            "invariant / usual, pass 1": ratio(first["two passes, invariant"], first["two passes"]),
-        },
-    }  # fmt: skip
+    ratios = {
+        "pass 1 / pass 2": ratio("two passes", 0, "two passes", 1),
+        "mixtures / one expert": ratio("one expert", 1, "mixtures", 1),
+    }
+    if args.invariant:
+        ratios["invariant / usual, pass 2"] = ratio("mixtures, invariant", 1, "mixtures", 1)
+        ratios["invariant / usual, pass 1"] = ratio("two passes, invariant", 0, "two passes", 0)
+    rows = [
+        {"form": form, **{f"pass {n}": statistics.median(pair[n - 1] for pair in pairs)
+                          for n in (1, 2)}} for form, pairs in seconds.items()
+    ]  # fmt: skip
+    return {"ratios": ratios, "rows": rows}
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print the figures, one line each, or as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", help="a local folder instead of the random model")
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
+def judge(ratios: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Each goal with what was measured."""
+    outcomes = []
+    for what, (sign, limit) in GOALS.items():
+        value = ratios[what][0]
+        met = value <= limit if sign == "<=" else value >= limit
+        outcomes.append({"goal": what, "limit": f"{sign} {limit:g}", "measured": value, "met": met})
+    return outcomes
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="bench_engine", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--model", help="a local folder instead of the random model")
+    add("--tokenizer", help="a local folder whose tokenizer the random model takes")
+    add("--width", type=int, default=512, help="of the random model (512)")
+    add("--layers", type=int, default=8, help="of the random model (8)")
+    add("--rows", type=int, default=32, help="requests of a batch (32)")
+    add("--new-tokens", type=int, default=128, help="of each request (128)")
+    add("--rounds", type=int, default=5, help="beside one that warms up (5)")
+    add("--no-invariant", dest="invariant", action="store_false", help="leave that mode out")
+    add("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the figures, one line each; 2 for a wrong command line."""
+    parser = build_parser()
     args = parser.parse_args(argv)
+    if min(args.width, args.layers, args.rows, args.new_tokens, args.rounds) < 1:
+        parser.error("--width, --layers, --rows, --new-tokens and --rounds must be at least 1")
+    if args.model and args.tokenizer:
+        parser.error("--tokenizer is for the random model, --model brings its own")
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        parser.error(f"the folder of {args.json} does not exist")
+    record = environment(torch.device("cpu"), torch.get_num_threads())
     result = run(args)
-    if args.json:
-        print(json.dumps(result, indent=1))
-        return
-    print(f"{args.rows} requests, {args.new_tokens} new tokens, {result['threads']} threads")
-    for form, seconds in result["seconds"].items():
-        print(f"  {form:24s}pass 1 {seconds['pass 1']:7.3f} s   pass 2 {seconds['pass 2']:7.3f} s")
-    for what, value in result["ratios"].items():
+    print(f"{args.rows} requests, {args.new_tokens} new tokens, {record['threads']} threads")
+    for row in result["rows"]:
+        print(f"  {row['form']:24s}pass 1 {row['pass 1']:7.3f} s   pass 2 {row['pass 2']:7.3f} s")
+    for what, (value, low, high) in result["ratios"].items():
         goal = "   goal {} {}".format(*GOALS[what]) if what in GOALS else ""
-        print(f"  {what:28s}{value:6.3f}{goal}")
+        print(f"  {what:28s}{value:6.3f} ({low:.3f}–{high:.3f}){goal}")
+    if args.json is not None:
+        settings = {
+            "model": "random" if args.model is None else Path(args.model).name,
+            "tokenizer": "characters" if args.tokenizer is None else Path(args.tokenizer).name,
+            **{n: getattr(args, n) for n in ("width", "layers", "rows", "new_tokens", "rounds")},
+        }
+        if args.model is not None:
+            for name in ("tokenizer", "width", "layers"):
+                del settings[name]
+        write(args.json, {"schema": SCHEMA, "environment": record, "settings": settings,
+                          "goals": judge(result["ratios"]), **result})  # fmt: skip
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,7 +20,6 @@ from t2runtime.generation import (
     context_length,
     end_tokens,
     last_user_message,
-    pad_token,
     prompt_ids,
     uses_template,
 )
@@ -175,7 +174,7 @@ def judge(
     """
     scores = sequence_log_probs(
         model, rows, categories.replies(tokenizer, chat), end_tokens(model, tokenizer),
-        share_prefix=share_prefix, pad=pad_token(tokenizer),
+        share_prefix=share_prefix,
     )  # fmt: skip
     verdicts = []
     for row in scores.softmax(1):

@@ -3,14 +3,15 @@ in one forward.
 
 The texts' tokens form a tree behind each prompt; every node sees the prompt and the nodes above
 it, so one row scores all texts, and texts that begin alike share their beginning. What all prompts
-of a batch have in common is computed once, and its keys and values are copied to each row.
+of a batch have in common is computed once. The rest of the prompts is packed into one sequence
+behind it, each seeing itself only: no token is padding, and no row needs a copy of the beginning.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from t2runtime import invariant
 
-#: Attention that takes a mask of its own for every row.
+#: Attention that takes a mask.
 MASKED = ("sdpa", "eager", invariant.NAME)
 #: Logits held at once: half a GiB in fp32.
 _LOGITS = 1 << 27
+#: Tokens packed into one sequence. Attention computes what it then masks, so not too many.
+_PACKED = 512
 
 
 @dataclass(frozen=True)
@@ -101,13 +104,13 @@ def sequence_log_probs(
     ends: Sequence[int],
     *,
     share_prefix: bool = True,
-    pad: int = 0,
 ) -> Tensor:
-    """(rows, sequences) fp64: log p(sequence, then any of `ends` | row) under the weights in force.
+    """(rows, sequences) fp64: log p(sequence, then any of `ends` | row) under the weights in force,
+    which must be the same for all rows.
 
     Without `ends` the sequences are scored as they are. `share_prefix=False` computes every row
-    whole; the results agree to rounding. Raises RuntimeError for a model whose attention takes no
-    mask per row, or that takes no positions.
+    whole and by itself, so that its bits depend on no other; the results agree to rounding. Raises
+    RuntimeError for a model whose attention takes no mask, or that takes no positions.
     """
     attention = getattr(model.config, "_attn_implementation", None)
     if attention not in MASKED:
@@ -130,16 +133,12 @@ def sequence_log_probs(
         first = torch.tensor([rows[0][:prefix]], device=model.device)
         few = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         cache = model(input_ids=first, use_cache=True, **few).past_key_values
-    vocabulary = model.config.get_text_config().vocab_size
-    step = max(1, _LOGITS // (vocabulary * (len(tree.tokens) + 1)))
-    parts = []
-    for start in range(0, len(rows), step):
-        part = [row[prefix:] for row in rows[start : start + step]]
+
+    def scores(group: Sequence[Sequence[int]]) -> Tensor:
         own = copy.deepcopy(cache)
-        if own is not None:
-            own.batch_repeat_interleave(len(part))
-        ids, positions, sees = _layout(part, tree, prefix, pad)
-        few = {"logits_to_keep": len(tree.tokens) + 1} if "logits_to_keep" in accepted else {}
+        ids, positions, sees = _packed(group, tree, prefix)
+        kept = len(group) * (len(tree.tokens) + 1)
+        few = {"logits_to_keep": kept} if "logits_to_keep" in accepted else {}
         output = model(
             input_ids=ids.to(model.device),
             attention_mask=_masks(model, sees, positions, prefix, window),
@@ -148,32 +147,63 @@ def sequence_log_probs(
             use_cache=own is not None,
             **few,
         )
-        logits = torch.as_tensor(output.logits)[:, -(len(tree.tokens) + 1) :]
-        parts.append(_path_log_probs(logits, tree, ends))
+        logits = torch.as_tensor(output.logits)[0, -kept:]
+        return _path_log_probs(logits.unflatten(0, (len(group), -1)), tree, ends)
+
+    parts = []
+    for group in _groups([row[prefix:] for row in rows], tree, model, share_prefix):
+        found = scores(group)
+        if len(group) > 1 and not bool(torch.isfinite(found).all()):
+            # A value that overflows passes the mask (0 times NaN): the row that has it fails alone.
+            found = torch.cat([scores([row]) for row in group])
+        parts.append(found)
     return torch.cat(parts)
 
 
-def _layout(
-    rows: Sequence[Sequence[int]], tree: Tree, prefix: int, pad: int
+def _groups(
+    rows: Sequence[Sequence[int]], tree: Tree, model: Any, packed: bool
+) -> Iterator[list[Sequence[int]]]:
+    """Rows that are computed in one sequence, in order: as many as fit, or one."""
+    nodes = len(tree.tokens) + 1
+    most = max(1, _LOGITS // (model.config.get_text_config().vocab_size * nodes)) if packed else 1
+    group: list[Sequence[int]] = []
+    tokens = 0
+    for row in rows:
+        length = len(row) + nodes - 1
+        if group and (len(group) == most or tokens + length > _PACKED):
+            yield group
+            group, tokens = [], 0
+        group.append(row)
+        tokens += length
+    yield group
+
+
+def _packed(
+    rows: Sequence[Sequence[int]], tree: Tree, prefix: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and positions (rows, L) of left-padded rows with the tree behind each; and what sees
-    what, (rows, L, prefix + L) bool.
+    """Ids and positions (1, L) of all rows in one sequence, a tree for each; and what sees what,
+    (1, L, prefix + L) bool.
+
+    The last token of each row and its tree stand at the end, since only their logits are wanted.
     """
-    B, N, width = len(rows), len(tree.tokens), max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) + tree.tokens for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    own = torch.arange(width) - (width - lengths)[:, None]  # (B, width), below 0 in padding
-    positions = prefix + torch.cat(
-        [own.clamp(min=0), lengths[:, None] + torch.tensor(tree.depths)], 1
-    )
-    real = own >= 0
-    sees = torch.zeros(B, width + N, prefix + width + N, dtype=torch.bool)
-    sees[:, :, :prefix] = True
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
-    sees[:, :width, prefix : prefix + width] = causal & real[:, None]
-    sees[:, width:, prefix : prefix + width] = real[:, None]
-    sees[:, width:, prefix + width :] = tree.sight()
-    return ids, positions, sees
+    nodes = torch.tensor(tree.tokens)
+    front = sum(len(row) - 1 for row in rows)
+    behind = front + len(rows) * (len(nodes) + 1)
+    ids, positions = torch.empty(2, behind, dtype=torch.long)
+    sees = torch.zeros(behind, prefix + behind, dtype=torch.bool)
+    sees[:, :prefix] = True
+    start, tail = 0, front
+    for row in rows:
+        length, stop, end = len(row), start + len(row) - 1, tail + 1 + len(nodes)
+        place = torch.cat([torch.arange(start, stop), torch.arange(tail, end)])
+        ids[place] = torch.cat([torch.tensor(row), nodes])
+        depths = torch.cat([torch.arange(length), length + torch.tensor(tree.depths)])
+        positions[place] = prefix + depths
+        own = torch.ones(len(place), len(place), dtype=torch.bool).tril()
+        own[length:, length:] = tree.sight()
+        sees[place[:, None], prefix + place] = own
+        start, tail = stop, end
+    return ids[None], positions[None], sees[None]
 
 
 def _window(model: Any) -> int | None:
@@ -191,12 +221,11 @@ def _window(model: Any) -> int | None:
 
 
 def _masks(model: Any, sees: Tensor, positions: Tensor, prefix: int, window: int | None) -> Any:
-    """The additive mask (rows, 1, L, prefix + L) that the model takes; one for each kind of layer
+    """The additive mask (1, 1, L, prefix + L) that the model takes; one for each kind of layer
     where there are two.
     """
 
     def additive(visible: Tensor) -> Tensor:
-        # A finite minimum: rows of padding see nothing, and must not become NaN.
         mask = torch.zeros(visible.shape, dtype=model.dtype)
         mask.masked_fill_(~visible, torch.finfo(model.dtype).min)
         return mask[:, None].to(model.device)

@@ -9,6 +9,7 @@ import transformers
 
 import t2kernels as t2k
 from t2runtime import tasks
+from t2runtime.adapt import scoring
 from t2runtime.adapt.prompt import SMALL, Categories, classify, judge, question_ids
 from t2runtime.adapt.scoring import sequence_log_probs
 from t2runtime.generation import answer_log_probs, forced
@@ -61,6 +62,37 @@ def test_the_shared_prefix_changes_nothing(small: Any, under: str | None) -> Non
         shared = sequence_log_probs(model, rows, names, ends)
         plain = sequence_log_probs(model, rows, names, ends, share_prefix=False)
     torch.testing.assert_close(shared, plain, atol=2e-5, rtol=1e-5)
+
+
+def test_rows_of_any_lengths_in_sequences_of_any_size(
+    small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed into one sequence or into several, in any order, a row is scored as alone."""
+    model, tokenizer = small
+    rows = rows_of(model, tokenizer, [*QUESTIONS, "big 1 2 3 4 5 6 7=", "4="])
+    names, ends = SMALL.replies(tokenizer), [tokenizer.eos_token_id]
+    alone = torch.cat([sequence_log_probs(model, [row], names, ends) for row in rows])
+    for most in (1, 90, 10_000):
+        monkeypatch.setattr(scoring, "_PACKED", most)
+        found = sequence_log_probs(model, rows, names, ends)
+        torch.testing.assert_close(found, alone, atol=2e-5, rtol=1e-5)
+        found = sequence_log_probs(model, rows[::-1], names, ends).flip(0)
+        torch.testing.assert_close(found, alone, atol=2e-5, rtol=1e-5)
+
+
+def test_a_row_that_overflows_fails_alone(small: Any) -> None:
+    model, tokenizer = small
+    rows = rows_of(model, tokenizer, [*QUESTIONS, "j="])
+    names, ends = SMALL.replies(tokenizer), [tokenizer.eos_token_id]
+    bad = tokenizer("j", add_special_tokens=False).input_ids[0]
+    (alone,) = sequence_log_probs(model, rows[:1], names, ends)
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, given, made: made.masked_fill((given[0] == bad)[..., None], float("nan"))
+    )
+    found = sequence_log_probs(model, rows, names, ends)
+    hook.remove()
+    assert torch.isfinite(found).all(1).tolist() == [True] * len(QUESTIONS) + [False]
+    torch.testing.assert_close(found[0], alone, atol=2e-5, rtol=1e-5)
 
 
 def test_the_prefix_is_computed_once_and_under_its_own_weights(
@@ -130,8 +162,6 @@ def test_models_with_windows_and_without(kind: str, window: int, tokenizer: Any)
 
 def test_many_categories_in_pieces(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seventy-seven names; some rows at a time give the same."""
-    from t2runtime.adapt import scoring
-
     model, tokenizer = small
     names = tuple(
         f"{a}{b}" for a in "abcdefghijk" for b in ("one", "two", "x", "y", "z", "up", "it")
