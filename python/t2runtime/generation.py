@@ -239,16 +239,32 @@ def complete(
     samples: int = 1,
     temperature: float = 0.0,
     chat: str = "auto",
-    cache: Any = None,
 ) -> Completions:
     """Generate for a batch: greedily at temperature 0, else from the full softmax at `temperature`.
 
-    With `samples` > 1 the rows of one prompt follow each other. `cache`: an empty key/value cache
-    of transformers to fill, for a caller who goes on with it.
+    With `samples` > 1 the rows of one prompt follow each other.
     """
     ids, mask = encode(tokenizer, prompts, model.device, chat)
-    check_context(model, mask.sum(1).tolist(), max_new_tokens)
     ids, mask = ids.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
+    return complete_ids(model, tokenizer, ids, mask, max_new_tokens, temperature=temperature)
+
+
+@torch.no_grad()
+def complete_ids(
+    model: Any,
+    tokenizer: Any,
+    ids: Tensor,
+    mask: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    cache: Any = None,
+) -> Completions:
+    """As `complete`, for prompts as token ids and attention mask (rows, length), padded on the
+    left. `cache`: an empty key/value cache of transformers to fill, for a caller who goes on with
+    it.
+    """
+    check_context(model, mask.sum(1).tolist(), max_new_tokens)
     ends = end_tokens(model, tokenizer)
     try:
         output = model.generate(
@@ -269,8 +285,19 @@ def complete(
     new = output[:, ids.shape[1] :]
     is_end = torch.isin(new, torch.tensor(ends, device=new.device, dtype=new.dtype))
     sampled = is_end.cumsum(1) - is_end.long() == 0
-    texts = [decode(tokenizer, row[keep]) for row, keep in zip(new, sampled, strict=True)]
+    texts = _decode_rows(tokenizer, new.tolist(), sampled.sum(1).tolist())
     return Completions(output, torch.cat([mask, torch.ones_like(new)], 1), sampled, texts)
+
+
+def _decode_rows(
+    tokenizer: Any, rows: Sequence[Sequence[int]], lengths: Sequence[int]
+) -> list[str]:
+    """The text of each row's first tokens; of equal rows (a population's, often) only one is
+    decoded.
+    """
+    kept = [tuple(row[:length]) for row, length in zip(rows, lengths, strict=True)]
+    known = {row: decode(tokenizer, row) for row in dict.fromkeys(kept)}
+    return [known[row] for row in kept]
 
 
 def answer_log_probs(model: Any, completions: Completions, temperature: float = 1.0) -> Tensor:

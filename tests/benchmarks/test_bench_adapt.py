@@ -11,21 +11,22 @@ import torch
 from harness import Refused
 
 TINY = ["--members", "3", "--shots", "2", "--layers", "1", "--hidden", "32", "--rows", "2",
-        "--new-tokens", "2", "--seconds", "0.01"]  # fmt: skip
+        "--new-tokens", "2", "--rounds", "2"]  # fmt: skip
 
 
 def test_rows_goals_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_adapt.main([*TINY, "--json", str(tmp_path / "out.json")]) == 0
     found = results.read(tmp_path / "out.json")
-    names = [row["name"] for row in found["rows"]]
-    assert names == ["one batch", "2 rows a batch", "merge", "public scheme"]
-    assert found["rows"][0]["speedup_of_ours"] == 1
-    assert all(row["seconds"] > 0 for row in found["rows"])
-    assert len(found["goals"]) == 2 and "one batch against merge" in capsys.readouterr().out
+    names = [(row["model"], row["name"]) for row in found["rows"]]
+    forms = ["one batch", "2 rows a batch", "merge", "public scheme"]
+    assert names == [(model, form) for model in ("small", "random") for form in forms]
+    assert found["rows"][0]["speedup_of_ours"] == found["rows"][4]["speedup_of_ours"] == 1
+    assert all(row["seconds"] > row["floor"] > 0 for row in found["rows"])
+    assert len(found["goals"]) == 4 and "small: one batch against merge" in capsys.readouterr().out
 
 
 def test_forms_agree_and_leave_nothing_behind() -> None:
-    generation = bench_adapt.Generation(bench_adapt.build_parser().parse_args(TINY))
+    generation = bench_adapt.Generation(bench_adapt.build_parser().parse_args(TINY), "random")
     first = generation.one_batch()
     for form in (generation.merged, generation.reloaded, generation.one_batch):
         bench_adapt.gate("form", form(), first)

@@ -25,6 +25,7 @@ from t2runtime.adapt.shots import (
     Batches,
     answer_and_score,
     check_shots,
+    encode_shots,
     question_mark,
     without_shots,
 )
@@ -167,12 +168,15 @@ def score_members(
     (breaks ties). members: (members, K), with per="layer" (members, L * K), over `names`.
     """
     alpha = Space(bank, tuple(names), per).alpha(members.to(model.device))
+    encoded = encode_shots(model, tokenizer, shots, chat)
 
     def work(part: slice, few: slice) -> Tensor:
         group = alpha[part]
         asked = list(shots[few]) * len(group)
         with bank.use(group):  # a member's rows follow each other
-            texts, likely = answer_and_score(model, tokenizer, asked, max_new_tokens, chat)
+            texts, likely = answer_and_score(
+                model, tokenizer, encoded.rows(few), max_new_tokens, len(group)
+            )
         right = torch.tensor([is_right(v) for v in verdicts_of(grader, asked, texts)])
         scores = torch.stack([right.double(), likely.double().cpu()], 1)
         return scores.view(len(group), -1, 2)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2runtime.generation import complete, forced, token_log_probs
+from t2runtime.generation import Completions, complete_ids, forced, token_log_probs
 from t2runtime.tasks import Problem
 
 logger = logging.getLogger(__name__)
@@ -84,38 +84,46 @@ def without_shots(problems: Sequence[Problem], shots: Sequence[Problem]) -> list
     return held_out(problems, shots)[0]
 
 
+def encode_shots(
+    model: Any, tokenizer: Any, shots: Sequence[Problem], chat: str = "auto"
+) -> Completions:
+    """The shots with their right answers as token ids, one row each: tokenised once for a whole
+    search.
+    """
+    return forced(tokenizer, [s.prompt for s in shots], [s.answer for s in shots], model, chat)
+
+
 def log_likelihood(
     model: Any, tokenizer: Any, problems: Sequence[Problem], chat: str = "auto"
 ) -> Tensor:
     """log p(right answer, end token included | prompt) of each row (rows,), fp32, under whatever
     is in force around the call; differentiable.
     """
-    given = forced(
-        tokenizer, [p.prompt for p in problems], [p.answer for p in problems], model, chat
-    )
+    given = encode_shots(model, tokenizer, problems, chat)
     return (token_log_probs(model, given) * given.sampled).sum(1)
 
 
 @torch.no_grad()
 def answer_and_score(
-    model: Any,
-    tokenizer: Any,
-    problems: Sequence[Problem],
-    max_new_tokens: int,
-    chat: str = "auto",
+    model: Any, tokenizer: Any, shots: Completions, max_new_tokens: int, members: int = 1
 ) -> tuple[list[str], Tensor]:
-    """(greedy answers, log-likelihood of the right answers (rows,) fp32).
+    """(greedy answers, log-likelihood of the right answers (rows,) fp32) of the shots, once for
+    each of the members: row m * len(shots) + s. shots: from `encode_shots`.
 
     Equivalent to `complete` and `log_likelihood`; the prompts are computed once, where the model
     has a key/value cache that can be cut back to them.
     """
-    prompts = [problem.prompt for problem in problems]
+    given = Completions(
+        shots.ids.repeat(members, 1), shots.attention.repeat(members, 1),
+        shots.sampled.repeat(members, 1), shots.texts * members,
+    )  # fmt: skip
+    width = given.prompt_length
+    prompts, mask = given.ids[:, :width], given.attention[:, :width]
     cache = _croppable(model)
-    made = complete(model, tokenizer, prompts, max_new_tokens, chat=chat, cache=cache)
-    given = forced(tokenizer, prompts, [p.answer for p in problems], model, chat)
-    start = given.prompt_length - 1  # the last token of the prompt chooses the first of the answer
+    made = complete_ids(model, tokenizer, prompts, mask, max_new_tokens, cache=cache)
+    start = width - 1  # the last token of the prompt chooses the first of the answer
     if cache is None or start < 1 or cache.get_seq_length() <= start:
-        return made.texts, log_likelihood(model, tokenizer, problems, chat)
+        return made.texts, (token_log_probs(model, given) * given.sampled).sum(1)
     cache.crop(start - cache.get_seq_length())  # a negative number: so many tokens less
     positions = (given.attention.cumsum(1) - 1).clamp(min=0)
     logits = model(

@@ -64,9 +64,12 @@ def test_every_method_finds_both_experts_within_its_budget(
     """All ones answers every shot; it is a landmark of each method."""
     rows = []
     whole = fewshot.answer_and_score
-    monkeypatch.setattr(
-        fewshot, "answer_and_score", lambda m, t, p, *a: rows.append(len(p)) or whole(m, t, p, *a)
-    )
+
+    def counted(m: Any, t: Any, given: Any, new: int, members: int) -> Any:
+        rows.append(len(given.ids) * members)
+        return whole(m, t, given, new, members)
+
+    monkeypatch.setattr(fewshot, "answer_and_score", counted)
     found = search(
         bank.model, tokenizer, bank, ["a", "b"], shots, NEW, method=method, per=per,
         budget=400, **QUICK,

@@ -9,7 +9,13 @@ import torch
 
 import t2kernels as t2k
 from t2runtime.adapt import shots as shots_module
-from t2runtime.adapt.shots import answer_and_score, held_out, leaked, log_likelihood
+from t2runtime.adapt.shots import (
+    answer_and_score,
+    encode_shots,
+    held_out,
+    leaked,
+    log_likelihood,
+)
 from t2runtime.generation import answer_log_probs, complete, forced
 from t2runtime.tasks import Problem
 
@@ -54,10 +60,29 @@ def test_answers_and_scores_are_those_of_two_calls(
     hook = bank.model.register_forward_pre_hook(lambda *_: calls.append(1))
     alpha = torch.rand(len(problems), 2, generator=torch.Generator().manual_seed(1))
     with bank.use(alpha), torch.no_grad():
-        texts, found = answer_and_score(bank.model, tokenizer, problems, NEW)
+        given = encode_shots(bank.model, tokenizer, problems)
+        texts, found = answer_and_score(bank.model, tokenizer, given, NEW)
         assert len(calls) == NEW + 1
         prompts = [problem.prompt for problem in problems]
         assert texts == complete(bank.model, tokenizer, prompts, NEW).texts
         want = log_likelihood(bank.model, tokenizer, problems)
     hook.remove()
     assert torch.allclose(found, want, atol=1e-4)
+
+
+def test_members_answer_the_same_shots_in_turn(
+    bank: t2k.ExpertBank, tokenizer: Any, shots: list[Problem]
+) -> None:
+    """Rows of member m are those of a call under member m alone, for some of the shots, too."""
+    alpha = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.3, 0.9]])
+    given = encode_shots(bank.model, tokenizer, shots)
+    for part in (given, given.rows(slice(1, 3))):
+        with bank.use(alpha):
+            texts, found = answer_and_score(bank.model, tokenizer, part, NEW, members=3)
+        rows = len(part.texts)
+        for member in range(3):
+            with bank.use(alpha[member : member + 1]):
+                own, likely = answer_and_score(bank.model, tokenizer, part, NEW)
+            mine = slice(member * rows, (member + 1) * rows)
+            assert texts[mine] == own
+            assert torch.allclose(found[mine], likely, atol=1e-4)
