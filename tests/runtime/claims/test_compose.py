@@ -157,6 +157,7 @@ def test_the_section_has_a_line_for_every_set() -> None:
     assert "| dialogue + animal + short-sentences | 20.0 (20.0 to 20.0) |" in text
     assert "| add + reverse + max + order |" in text and "| reverse of add | 1.0 (1.0 to" in text
     assert "at most 0.5 % are right" in text
+    assert "Alone an expert reaches its own property in 50 to 50 %" in text
     only = compose.section({"compose": rows["compose"]})
     assert only[0].startswith("## Questions")
     heads = [line for line in only if line.startswith("|")]
