@@ -9,7 +9,6 @@ from .bank import ExpertBank as ExpertBank
 from .convert import ConversionReport as ConversionReport
 from .convert import convert as convert
 from .convert import revert as revert
-from .convert import select as select
 from .convert import svf_layers as svf_layers
 from .convert import trainable as trainable
 from .diagonal import effective_diagonal as effective_diagonal
@@ -31,6 +30,7 @@ from .ops.functional import svf_linear as svf_linear
 from .quantized import QuantizedFactors as QuantizedFactors
 from .quantized import dequantize as dequantize
 from .quantized import quantize as quantize
+from .selection import select as select
 from .store import FactorStore as FactorStore
 from .store import decompose_checkpoint as decompose_checkpoint
 from .svd import Accuracy as Accuracy

@@ -194,6 +194,11 @@ class Expert:
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: float) -> Expert:
+        if isinstance(divisor, bool) or not isinstance(divisor, (int, float)):
+            return NotImplemented
+        return self * (1 / divisor)
+
     def __neg__(self) -> Expert:
         return self * -1.0
 
@@ -215,6 +220,9 @@ class Expert:
                 )
             z[name] = z[name] + (b - 1) if name in z else b
         return self._derived(z, {**other.fingerprints, **self.fingerprints})
+
+    def __radd__(self, other: object) -> Expert:
+        return self if other == 0 else NotImplemented  # what sum() begins with
 
     def __sub__(self, other: Expert) -> Expert:
         return self + (-other) if isinstance(other, Expert) else NotImplemented

@@ -220,3 +220,50 @@ def test_layers_that_a_fast_path_reads_are_left_alone():
     report = t2k.convert(model)
     assert [c.name for c in report.converted] == ["1"]
     assert "without calling the layer" in report.skipped["0.linear1"]
+
+
+class Clamped(nn.Linear):
+    """What a subclass may do: not what nn.Linear does."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(-1, 1)
+
+
+def test_a_linear_with_a_forward_of_its_own_is_named():
+    model = nn.Sequential(nn.Linear(4, 4), Clamped(4, 4))
+    report = t2k.convert(model)
+    assert [c.name for c in report.converted] == ["0"]
+    assert report.skipped["1"] == "Clamped is an nn.Linear with a forward of its own"
+    with pytest.raises(ValueError, match="1: Clamped is an nn.Linear with a forward"):
+        t2k.convert(nn.Sequential(nn.ReLU(), Clamped(4, 4)))
+
+
+def test_weights_that_a_scan_reads_are_left_alone():
+    """Mamba multiplies by dt_proj.weight; its fused kernels take those of out_proj and x_proj."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(
+        vocab_size=33, hidden_size=16, num_hidden_layers=1, state_size=4,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.MambaForCausalLM(config).eval()
+    report = t2k.convert(model)
+    assert [c.name.rpartition(".")[2] for c in report.converted] == ["in_proj"]
+    assert "without calling the layer" in report.skipped["backbone.layers.0.mixer.dt_proj"]
+    bank = t2k.ExpertBank(model)
+    ((name, layer),) = t2k.svf_layers(model).items()
+    z = torch.linspace(0, 2, layer.rank)
+    bank.add("a", t2k.Expert({name: z}, {name: layer.fingerprint}))
+    ids = torch.arange(3, 11)[None]
+    told = {"max_new_tokens": 6, "do_sample": False}
+    with torch.no_grad(), bank.use("a"):
+        used, text = model(ids).logits, model.generate(ids, **told)
+    bank.merge("a")
+    with torch.no_grad():
+        torch.testing.assert_close(used, model(ids).logits, rtol=1e-4, atol=1e-5)
+        assert torch.equal(text, model.generate(ids, **told))
+    bank.unmerge()
+    with torch.no_grad():
+        states = model(ids, use_cache=True).cache_params
+    with torch.no_grad(), bank.use("a"), pytest.raises(RuntimeError, match="under other experts"):
+        model(ids[:, -1:], cache_params=states)

@@ -78,6 +78,19 @@ def test_algebra_is_the_mixture():
         torch.testing.assert_close((a - a).z[name], torch.ones_like(a.z[name]))
 
 
+def test_sum_and_division():
+    model = make_model()
+    a, b = random_expert(model, 1), random_expert(model, 2)
+    mean = sum([a, b]) / 2
+    for name, z in mean.z.items():
+        torch.testing.assert_close(z, (a.z[name] + b.z[name]) / 2)
+    for wrong in (lambda: a + 1, lambda: 1 + a, lambda: a / b, lambda: a / True):
+        with pytest.raises(TypeError):
+            wrong()
+    with pytest.raises(ZeroDivisionError):
+        a / 0
+
+
 def test_algebra_refuses_other_base_weights():
     a, b = random_expert(make_model(0)), random_expert(make_model(1))
     with pytest.raises(ValueError, match="different base weights"):

@@ -290,9 +290,17 @@ def _watch_model_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         _mark_cache(cache, key)
 
 
+def _holds_tokens(cache: Any) -> bool:
+    """Whether the cache remembers anything."""
+    try:
+        return int(cache.get_seq_length()) > 0
+    except ValueError:  # states only (Mamba): there is no attention layer to count tokens
+        return bool(cache.has_previous_state())
+
+
 def _mark_cache(cache: Any, key: object) -> None:
     """Tie the cache to what its keys and values depend on; raise if it is tied to another."""
-    if getattr(cache, "_t2_key", BASE_KEY) != key and int(cache.get_seq_length()) > 0:
+    if getattr(cache, "_t2_key", BASE_KEY) != key and _holds_tokens(cache):
         raise RuntimeError(
             "this key/value cache was made under other experts than those in force now, so its "
             "keys and values belong to another model. Start a new cache (past_key_values=None), or "

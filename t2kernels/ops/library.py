@@ -122,6 +122,39 @@ def _backward(ctx: Any, g: Tensor | None, _gh: Tensor | None) -> tuple[Any, ...]
     )  # fmt: skip
 
 
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    g, x, U, Vh, d, base, slot, _h, scale, *_ = inputs
+    ctx.save_for_backward(g, x, U, Vh, d, base, slot, scale)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_backward(ctx: Any, ddx: Tensor | None, ddd: Tensor | None) -> tuple[Any, ...]:
+    """dx = ((g U) ⊙ d) Vᵀ is linear in g and d, dd = Σ (g U) ⊙ (x V) in g and x: their gradients
+    are the same two operators, which makes every order of derivative out of the first.
+
+    h = x V has no gradient of its own; that of x is whole.
+    """
+    g, x, U, Vh, d, base, slot, scale = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    forward = torch.ops.t2kernels.svf_product
+    backward = torch.ops.t2kernels.svf_product_backward
+    d_g = d_x = d_d = None
+    if ddx is not None:
+        ddx = ddx.contiguous()
+        if need[0]:
+            d_g, _ = forward(ddx, U, Vh, d, base, slot, None, scale, False, False)
+        if need[4]:
+            _, d_d = backward(g, ddx, U, Vh, d, base, slot, None, scale, False, True)
+    if ddd is not None:
+        ddd, none = ddd.contiguous(), torch.zeros_like(base)
+        if need[0]:
+            more, _ = forward(x, U, Vh, ddd, none, slot, None, scale, False, False)
+            d_g = more if d_g is None else d_g + more
+        if need[1]:
+            d_x, _ = backward(g, x, U, Vh, ddd, none, slot, None, scale, True, False)
+    return (d_g, d_x, None, None, d_d) + (None,) * 6
+
+
 def _autocast(device: str):  # type: ignore[no-untyped-def]
     """x, the factors and the bias in the autocast dtype; d, base and scale stay fp32."""
 
@@ -150,5 +183,9 @@ torch.library.register_fake("t2kernels::svf_product_backward", _backward_fake, l
 torch.library.register_autograd(
     "t2kernels::svf_product", _backward, setup_context=_setup_context, lib=_library
 )
+torch.library.register_autograd(
+    "t2kernels::svf_product_backward", _backward_of_backward, setup_context=_setup_second,
+    lib=_library,
+)  # fmt: skip
 for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     _library.impl("svf_product", _autocast(_device), _key)

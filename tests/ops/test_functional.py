@@ -75,6 +75,51 @@ def test_gradcheck(backend, slots, recompute):
         )
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("slots", [0, 2])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradgradcheck(backend, slots, recompute):
+    i = make_inputs(5, 4, 6, 3, slots=slots, dtype=torch.float64)
+    x, d, b = (t.requires_grad_() for t in (i.x, i.d, i.bias))
+
+    def product(x, d, b):
+        # Squared, so that the second derivative with respect to each alone is not zero.
+        return t2k.svf_linear(x, factors_of(i), d, i.slot, b, recompute=recompute) ** 2
+
+    with t2k.backend(backend):
+        assert torch.autograd.gradgradcheck(product, (x, d, b))
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_a_product_with_the_hessian_is_that_of_the_dense_layer(backend):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(48, 80)
+    layer = t2k.SVFLinear.from_linear(linear)
+    layer.z.requires_grad_(True)  # the factorised form
+    x = torch.randn(3, 48, requires_grad=True)
+
+    def product(module):
+        (first,) = torch.autograd.grad(module(x).pow(3).sum(), x, create_graph=True)
+        (first * torch.linspace(-1, 1, 48)).sum().backward()
+        found, x.grad = x.grad, None
+        return found
+
+    with t2k.backend(backend):
+        torch.testing.assert_close(product(layer), product(linear), rtol=1e-4, atol=1e-4)
+
+
+def test_third_derivatives():
+    i = make_inputs(5, 4, 6, 3, slots=2, dtype=torch.float64)
+    f, x, d = factors_of(i), i.x.requires_grad_(), i.d.requires_grad_()
+
+    def second(x, d):
+        y = t2k.svf_linear(x, f, d, i.slot).pow(4).sum()
+        first = torch.autograd.grad(y, (x, d), create_graph=True)
+        return torch.autograd.grad(sum(g.pow(2).sum() for g in first), (x, d), create_graph=True)
+
+    assert torch.autograd.gradcheck(second, (x, d))
+
+
 @pytest.mark.parametrize("slots", [0, 3])
 @pytest.mark.parametrize("wants_grad", [False, True])
 def test_opcheck(slots, wants_grad):
@@ -86,7 +131,7 @@ def test_opcheck(slots, wants_grad):
     detached = [t if t is None else t.detach() for t in (i.x, i.U, i.V.t(), i.d, i.base)]
     torch.library.opcheck(
         torch.ops.t2kernels.svf_product_backward.default,
-        (g, *detached, i.slot, h, None, True, True),
+        (g.requires_grad_(wants_grad), *detached, i.slot, h, None, True, True),
     )
 
 
