@@ -224,8 +224,8 @@ class TwoPass:
         rows = [before + after for _, before, after in pairs]
         cut = [row for row in rows if most is not None and len(row) > most + 1]
         if cut:
-            logger.warning("%d contexts are longer than the model's %s tokens and lose their "
-                           "beginning", len(cut), most)  # fmt: skip
+            logger.warning("longer than the model's %s tokens, the beginning is cut off: %d "
+                           "contexts with their continuations", most, len(cut))  # fmt: skip
         fitting = [row[-(most + 1) :] if most is not None else row for row in rows]
         ids, mask = pad_left([row[:-1] for row in fitting], pad_token(self.tokenizer), self._device)
         keep = max(len(after) for _, _, after in pairs)

@@ -112,6 +112,12 @@ def test_what_was_found_before(t2: Transformer2, sources: Any) -> None:
     assert (row.shots, row.forwards, row.search_seconds) == (2, 24, 0.0)
     assert row.by_task["a"].total == 1 and row.by_task["a"].accuracy == 1.0
     assert row.by_task["x"].total == 3
+    with t2.bank.use(None):
+        texts = complete(t2.model, t2.tokenizer, ["1+1=", "big 12="], NEW).texts
+    plain = [Problem(p, t.strip() or "7", "x") for p, t in zip(["1+1=", "big 12="], texts)]
+    mixed = {"a": sources["a"], "x": Fixed("x", [*plain, plain[0], plain[0]])}
+    (row,) = compare(t2, mixed, ["few-shot"], mixtures={"a": both, "x": base})
+    assert row.score.accuracy == 1.0, "each task under its own mixture"
     with pytest.raises(ValueError, match="got none for x; there are a"):
         compare(t2, sources, ["few-shot"], mixtures={"a": both})
     unknown = TaskMixture("x", {}, marks, budget=1)

@@ -166,6 +166,20 @@ def test_texts_without_a_question(t2: Transformer2) -> None:
         assert value == pytest.approx(want[0], abs=1e-4) and greedy == want[1]
 
 
+def test_contexts_that_do_not_fit_lose_their_beginning(
+    t2: Transformer2, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with lm-eval's own model; pass 1 has seen the whole of them."""
+    pairs = [Asked("1" * 20 + "37+48=" + "2" * 30, "123456789 12"), Asked("37+48=", "85")]
+    own = HFLM(pretrained=t2.model, tokenizer=t2.tokenizer, batch_size=2)
+    ours = harness.register()(engine=t2, strategy="add").loglikelihood(pairs)
+    assert "longer than the model's 64 tokens, the beginning is cut off: 1 " in caplog.text
+    with t2.bank.use("add"):
+        theirs = own.loglikelihood(pairs)
+    for (value, greedy), (other, same) in zip(ours, theirs, strict=True):
+        assert value == pytest.approx(other, abs=1e-4) and greedy == same
+
+
 def test_from_arguments_and_from_the_shell(
     t2: Transformer2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
