@@ -168,16 +168,17 @@ def context_length(model: Any) -> int | None:
     return None if length is None else int(length)
 
 
-def check_context(model: Any, lengths: Sequence[int], max_new_tokens: int) -> None:
-    """Raise unless prompts of these lengths and as many new tokens fit into the context."""
+def check_context(model: Any, lengths: Sequence[int], new: Sequence[int]) -> None:
+    """Raise unless prompts of these lengths and each as many new tokens fit into the context."""
     context = context_length(model)
     if context is None:
         return
-    long = [row for row, length in enumerate(lengths) if length + max_new_tokens > context]
+    pairs = zip(lengths, new, strict=True)
+    long = [row for row, (length, most) in enumerate(pairs) if length + most > context]
     if long:
         raise ValueError(
             f"{len(long)} of {len(lengths)} prompts do not fit: prompt {long[0]} has "
-            f"{lengths[long[0]]} tokens and {max_new_tokens} new ones are asked for "
+            f"{lengths[long[0]]} tokens and {new[long[0]]} new ones are asked for "
             f"(max_new_tokens), the model's context holds {context}. Shorten the prompt or lower "
             "max_new_tokens."
         )
@@ -264,7 +265,7 @@ def complete_ids(
     left. `cache`: an empty key/value cache of transformers to fill, for a caller who goes on with
     it.
     """
-    check_context(model, mask.sum(1).tolist(), max_new_tokens)
+    check_context(model, mask.sum(1).tolist(), [max_new_tokens] * len(mask))
     ends = end_tokens(model, tokenizer)
     try:
         output = model.generate(
@@ -319,8 +320,18 @@ def token_log_probs(model: Any, completions: Completions, temperature: float = 1
 
 
 def answer_logits(model: Any, completions: Completions) -> Tensor:
-    """The logits (rows, new, vocabulary) in fp32 that chose the completions' tokens."""
+    """The logits (rows, new, vocabulary) in fp32 that chose the completions' tokens.
+
+    Where each row fits into the context and the batch, a long prompt above a long answer, is wider,
+    the rows are moved together first: no model sees a position that it does not have. What stands
+    behind a row's end is then without meaning.
+    """
     new = completions.sampled.shape[1]
+    if too_wide(model, completions):
+        logits = answer_logits(model, _moved_together(completions))
+        missing = new - completions.sampled.sum(1, keepdim=True)
+        column = (torch.arange(new, device=logits.device) + missing).clamp(max=new - 1)
+        return logits[torch.arange(len(logits), device=logits.device)[:, None], column]
     accepted = inspect.signature(model.forward).parameters
     extra: dict[str, Any] = {}
     if "position_ids" in accepted:
@@ -332,6 +343,22 @@ def answer_logits(model: Any, completions: Completions) -> Tensor:
         input_ids=completions.ids, attention_mask=completions.attention, use_cache=False, **extra
     ).logits
     return logits[:, -(new + 1) : -1].float()
+
+
+def too_wide(model: Any, completions: Completions) -> bool:
+    """Whether the batch has more columns than the model's context positions."""
+    context = context_length(model)
+    return context is not None and completions.ids.shape[1] > context
+
+
+def _moved_together(completions: Completions) -> Completions:
+    """The rows with all padding on the left: each answer ends in the last column."""
+    prompts = completions.attention[:, : completions.prompt_length].bool()
+    real = torch.cat([prompts, completions.sampled], 1)
+    width = int(real.sum(1).max())
+    order = real.int().argsort(dim=1, stable=True)[:, -width:]
+    ids, attention = completions.ids.gather(1, order), real.gather(1, order).long()
+    return Completions(ids, attention, completions.sampled, completions.texts)
 
 
 def forced(
@@ -355,7 +382,7 @@ def forced(
                 "model has no end token"
             )
     width = max(map(len, rows))
-    check_context(model, mask.sum(1).tolist(), width)
+    check_context(model, mask.sum(1).tolist(), list(map(len, rows)))
     pad = pad_token(tokenizer)
     new = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=model.device)
     kept = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])

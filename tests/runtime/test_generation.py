@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import t2kernels as t2k
 from t2runtime.generation import (
@@ -11,6 +12,7 @@ from t2runtime.generation import (
     encode,
     forced,
     prompt_ids,
+    token_log_probs,
     turn_end,
 )
 
@@ -133,8 +135,53 @@ def test_prompts_must_fit_into_the_context(tiny: Any, tokenizer: Any) -> None:
     said = "1 of 2 prompts do not fit: prompt 0 has 58 tokens and 7 new .* context holds 64"
     with pytest.raises(ValueError, match=said):
         complete(tiny, tokenizer, fits, 7)
-    with pytest.raises(ValueError, match="do not fit"):
-        forced(tokenizer, fits, ["1", "1" * 9], tiny)
+    said = "1 of 2 prompts do not fit: prompt 0 has 58 tokens and 7 new .* context holds 64"
+    with pytest.raises(ValueError, match=said):
+        forced(tokenizer, fits, ["1" * 6, "1"], tiny)
+
+
+def at_the_edge(family: str, vocabulary: int) -> Any:
+    """A random model with a context of 64 tokens: rotations, or a learnt table of positions."""
+    torch.manual_seed(0)
+    own = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if family == "llama":
+        config: Any = transformers.LlamaConfig(
+            **own, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=64, initializer_range=0.3,
+        )  # fmt: skip
+    elif family == "gpt2":
+        config = transformers.GPT2Config(
+            **own, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3
+        )
+    elif family == "gpt_neo":  # which has a table of the causal mask as well
+        config = transformers.GPTNeoConfig(
+            **own, hidden_size=16, num_layers=2, num_heads=2, max_position_embeddings=64,
+            attention_types=[[["global", "local"], 1]], initializer_range=0.3,
+        )  # fmt: skip
+    else:
+        config = transformers.OPTConfig(
+            **own, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=64, word_embed_proj_dim=16, init_std=0.3,
+        )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neo", "opt"])
+def test_rows_that_fit_alone_fit_together(family: str, tokenizer: Any) -> None:
+    """A long prompt above a long answer: each fills the context, the batch is wider than it."""
+    model = at_the_edge(family, len(tokenizer))
+    prompts, answers = ["1" * 57, "flip 12345=", "1+1="], ["12345", "54321", "2" * 58]
+    given = forced(tokenizer, prompts, answers, model)
+    assert given.ids.shape[1] == 58 + 59 and given.sampled.sum(1).tolist() == [6, 6, 59]
+    with torch.no_grad():
+        table, chosen = answer_log_probs(model, given), token_log_probs(model, given)
+        assert bool(table.isfinite().all()), "what is behind an end is multiplied with 0"
+        for row, kept in enumerate(given.sampled):
+            alone = forced(tokenizer, [prompts[row]], [answers[row]], model)
+            assert torch.allclose(table[row, kept], answer_log_probs(model, alone)[0], atol=1e-5)
+            assert torch.allclose(chosen[row, kept], token_log_probs(model, alone)[0], atol=1e-5)
+            part = given.rows(slice(row, row + 1))
+            assert torch.equal(token_log_probs(model, part), token_log_probs(model, alone))
 
 
 def test_an_answer_without_tokens(tiny: Any, tokenizer: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2runtime.generation import Completions, complete_ids, forced, token_log_probs
+from t2runtime.generation import Completions, complete_ids, forced, token_log_probs, too_wide
 from t2runtime.tasks import Problem
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,8 @@ def answer_and_score(
     each of the members: row m * len(shots) + s. shots: from `encode_shots`.
 
     Equivalent to `complete` and `log_likelihood`; the prompts are computed once, where the model
-    has a key/value cache that can be cut back to them.
+    has a key/value cache that can be cut back to them and room for the longest prompt above the
+    longest answer.
     """
     given = Completions(
         shots.ids.repeat(members, 1), shots.attention.repeat(members, 1),
@@ -119,7 +120,7 @@ def answer_and_score(
     )  # fmt: skip
     width = given.prompt_length
     prompts, mask = given.ids[:, :width], given.attention[:, :width]
-    cache = _croppable(model)
+    cache = None if too_wide(model, given) else _croppable(model)
     made = complete_ids(model, tokenizer, prompts, mask, max_new_tokens, cache=cache)
     start = width - 1  # the last token of the prompt chooses the first of the answer
     if cache is None or start < 1 or cache.get_seq_length() <= start:

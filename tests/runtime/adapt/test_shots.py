@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import t2kernels as t2k
 from t2runtime.adapt import shots as shots_module
@@ -68,6 +69,22 @@ def test_answers_and_scores_are_those_of_two_calls(
         want = log_likelihood(bank.model, tokenizer, problems)
     hook.remove()
     assert torch.allclose(found, want, atol=1e-4)
+
+
+def test_a_long_prompt_and_a_long_answer_are_scored_together(tokenizer: Any) -> None:
+    """Each fits into a table of 64 positions, the longest prompt above the longest answer not."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config).eval()
+    problems = [Problem("1" * 57, "12345", "x"), Problem("1+1=", "2" * 58, "x")]
+    texts, found = answer_and_score(model, tokenizer, encode_shots(model, tokenizer, problems), 6)
+    for problem, text, value in zip(problems, texts, found, strict=True):
+        assert text == complete(model, tokenizer, [problem.prompt], 6).texts[0]
+        with torch.no_grad():
+            assert torch.allclose(value, log_likelihood(model, tokenizer, [problem])[0], atol=1e-3)
 
 
 def test_members_answer_the_same_shots_in_turn(

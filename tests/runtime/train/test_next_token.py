@@ -164,3 +164,19 @@ def test_one_row_without_a_text_is_found_before_the_first_step(
     with pytest.raises(ValueError, match=r"'next-token' needs a text .*'7\+1='"):
         train(tiny, tokenizer, made, cfg, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_long_prompt_and_a_long_answer_in_one_batch(
+    tiny: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Both fit into the context of 64 tokens, if not on top of each other."""
+    problems = [
+        Problem("1" * 55, "ab", "own"), Problem("2+1=", "x", "own", solution="ab" * 25)
+    ] * 4  # fmt: skip
+    held_out = [Problem("1=", "1", "own")]
+    made = FileSource("own", 2, {"train": problems, "validation": held_out})
+    cfg = small_model(objective="next-token", prompts=4, steps=3, validation_problems=1)
+    lines: list[Any] = []
+    expert = train(tiny, tokenizer, made, cfg, tmp_path / "run", lines.append)
+    assert len(lines) == 3 and "left_out" not in expert.metadata
+    assert all(line["new_tokens"] > 3 and line["grad_norm"] > 0 for line in lines)
