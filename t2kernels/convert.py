@@ -200,13 +200,14 @@ def _make_layer(
     k = None if rank is None or rank >= full else rank
     given: Factors | None = None
     if isinstance(source, FactorStore):
-        key = source.find(name)
+        values = weight.detach().t() if is_conv1d(module) else weight.detach()
+        key = source.find(name, values)
         if key is None:
             raise ValueError(
                 f"convert: the factors at {source.path} have none for layer {name!r}. "
                 "Decompose the same checkpoint with the same targets."
             )
-        source.verify(key, weight.detach().t() if is_conv1d(module) else weight.detach())
+        source.verify(key, values)
         given = source.load(key, device=weight.device, dtype=weight.dtype)
     elif source is not None:
         if name not in source:

@@ -18,7 +18,7 @@ from .files import (
     read_json,
 )
 from .svd import SVDFactors, check_factors, fingerprint
-from .targets import normalise
+from .targets import normalise, same_layer
 
 __all__ = ["FactorStore"]
 
@@ -65,17 +65,17 @@ class FactorStore:
     def __contains__(self, name: str) -> bool:
         return self.find(name) is not None
 
-    def find(self, name: str) -> str | None:
-        """The store's name for a layer: itself, or the only one that differs by a leading part.
+    def find(self, name: str, weight: Tensor | None = None) -> str | None:
+        """The store's name for a layer that a model may call otherwise; see ``same_layer``.
 
-        A model with a head calls "transformer.h.0.mlp.c_fc" what its checkpoint may call
-        "h.0.mlp.c_fc", and the reverse.
+        ``weight`` (out, in) decides by its fingerprint where names do not. Raises ValueError
+        where several stored weights have that fingerprint.
         """
         name = normalise(name)
-        if name in self._entries:
-            return name
-        near = [k for k in self._entries if k.endswith("." + name) or name.endswith("." + k)]
-        return near[0] if len(near) == 1 else None
+        if name in self._entries or weight is None:
+            return same_layer(name, self._entries)
+        mark = fingerprint(weight)
+        return same_layer(name, self._entries, lambda s: self._entries[s]["fingerprint"] == mark)
 
     def info(self, name: str) -> dict[str, Any]:
         """shape, rank, dtype, transposed, fingerprint, accuracy, seconds, file, bytes, sha256."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 __all__ = [
     "GROUPS",
@@ -22,6 +22,7 @@ __all__ = [
     "listed",
     "match",
     "normalise",
+    "same_layer",
     "unmatched",
 ]
 
@@ -120,6 +121,49 @@ def match(name: str, targets: Targets = "all-linear", exclude: Targets | None = 
 def normalise(name: str) -> str:
     """The layer's name: without a trailing ".weight"."""
     return name.removesuffix(".weight")
+
+
+def same_layer(
+    name: str, stored: Iterable[str], has: Callable[[str], bool] | None = None
+) -> str | None:
+    """Under which of the names ``stored`` a checkpoint holds the layer that the model calls
+    ``name``, or None.
+
+    Loading drops, adds or rearranges leading parts: a checkpoint of Gemma 3 calls
+    "language_model.model.layers.0.mlp.up_proj" what is "model.language_model.layers.0.mlp.up_proj"
+    in memory. By names alone only these are taken: the name itself, the only one that differs by
+    a leading part, the only one of the same parts with the same end from the first number on.
+    ``has``, asked where they leave none or several, says whether a stored weight has the layer's
+    values; it is asked of all names with that end. Raises ValueError where several have.
+
+    >>> same_layer("h.0.mlp.c_fc", ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc"])
+    'transformer.h.0.mlp.c_fc'
+    """
+    stored = list(stored)
+    if name in stored:
+        return name
+    near = [s for s in stored if s.endswith("." + name) or name.endswith("." + s)]
+    alike = [s for s in stored if s.endswith("." + _end(name))]
+    if not near:
+        near = [s for s in alike if sorted(s.split(".")) == sorted(name.split("."))]
+    if len(near) == 1:
+        return near[0]
+    if has is None:
+        return None
+    found = [s for s in dict.fromkeys([*near, *alike]) if has(s)]
+    if len(found) > 1:
+        raise ValueError(
+            f"{name!r} may be any of several weights of the same values: {', '.join(found)}. "
+            "Leave the layer out of the targets, or name it in the checkpoint as the model does."
+        )
+    return found[0] if found else None
+
+
+def _end(name: str) -> str:
+    """From the first number on, which counts blocks; without one the last part."""
+    parts = name.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
+    return ".".join(parts[first:])
 
 
 def listed(what: str, value: object) -> str | list[str]:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from t2kernels.targets import check_targets, classify, is_conv1d, match, unmatched
+from t2kernels.targets import (
+    check_targets,
+    classify,
+    is_conv1d,
+    match,
+    same_layer,
+    unmatched,
+)
 
 ATTENTION = [
     "model.layers.0.self_attn.q_proj",  # Llama, Qwen, Mistral, Gemma
@@ -157,3 +164,43 @@ def test_conv1d() -> None:
     assert is_conv1d("h.0.mlp.c_fc.weight", {"gpt2"})
     assert not is_conv1d("h.0.mlp.c_fc", {"gpt_bigcode"})
     assert not is_conv1d("lm_head", {"gpt2"})
+
+
+DISK = ["vision_tower.encoder.layers.0.self_attn.q_proj", "language_model.lm_head"] + [
+    f"language_model.model.layers.{i}.self_attn.{leaf}" for i in (0, 1) for leaf in ("q_proj", "k")
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "stored", "found"),
+    [
+        ("a.b", ["a.b", "c.a.b"], "a.b"),
+        ("transformer.h.0.c_fc", ["h.0.c_fc", "h.1.c_fc"], "h.0.c_fc"),
+        ("h.0.c_fc", ["encoder.h.0.c_fc", "decoder.h.0.c_fc"], None),
+        ("model.language_model.layers.0.self_attn.q_proj", DISK, DISK[2]),
+        ("model.vision_tower.encoder.layers.0.self_attn.q_proj", DISK, DISK[0]),
+        ("lm_head", DISK, DISK[1]),
+        # The same parts, but another layer.
+        ("layers.1.blocks.0.fc", ["blocks.1.layers.0.fc", "layers.0.blocks.1.fc"], None),
+        ("model.other.layers.0.self_attn.q_proj", DISK, None),
+        ("a.b.layers.0.fc", ["b.a.layers.0.fc", "x.layers.0.fc"], "b.a.layers.0.fc"),
+        ("a.b.c.layers.0.fc", ["b.a.c.layers.0.fc", "c.b.a.layers.0.fc"], None),
+    ],
+)
+def test_the_stored_name_of_a_layer(name: str, stored: list[str], found: str | None) -> None:
+    assert same_layer(name, stored) == found
+
+
+def test_values_tell_what_names_do_not() -> None:
+    stored = ["x.layers.0.fc", "y.layers.0.fc", "y.layers.1.fc", "z.layers.0.gc"]
+    asked: list[str] = []
+
+    def second(name: str) -> bool:
+        asked.append(name)
+        return name.startswith("y")
+
+    assert same_layer("a.b.layers.0.fc", stored, second) == "y.layers.0.fc"
+    assert asked == stored[:2]
+    assert same_layer("a.b.layers.0.fc", stored, lambda name: False) is None
+    with pytest.raises(ValueError, match=r"'a.b.layers.0.fc'.*x.layers.0.fc, y.layers.0.fc"):
+        same_layer("a.b.layers.0.fc", stored, lambda name: True)

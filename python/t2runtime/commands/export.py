@@ -33,7 +33,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         check_free(out)
     device = device_of(args.device)
     names = dict.fromkeys(name for expert in experts for name in expert.z)
-    weights = Weights(local_folder(args.model), names, args.factors, device)
+    prints = {layer: mark for expert in experts for layer, mark in expert.fingerprints.items()}
+    weights = Weights(local_folder(args.model), names, args.factors, device, fingerprints=prints)
 
     def sigma(layer: str, rank: int) -> Tensor:
         return weights.factors(layer, weights.read(layer), rank).S

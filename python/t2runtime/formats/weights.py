@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -10,29 +11,42 @@ from torch import Tensor
 
 import t2kernels as t2k
 from t2kernels.checkpoint import Checkpoint, Weight
+from t2kernels.targets import same_layer
 
 
 class Weights:
     """Weights (out, in) and their factors by layer name, read one at a time.
 
-    A checkpoint may leave out a leading part of a layer's name ("h.0.mlp.c_fc" of
-    "transformer.h.0.mlp.c_fc") or have one more; a name is found as long as one weight fits.
+    A checkpoint may call a layer otherwise than the model (`t2kernels.targets.same_layer`). Where
+    names do not tell which weight is meant, ``fingerprints``, {layer: that of its weight}, decide.
     """
 
     def __init__(
-        self, folder: Path, layers: Iterable[str], factors: str | None = None, device: str = "cpu"
+        self,
+        folder: Path,
+        layers: Iterable[str],
+        factors: str | None = None,
+        device: str = "cpu",
+        *,
+        fingerprints: Mapping[str, str] | None = None,
     ) -> None:
         self.checkpoint = Checkpoint(folder)
         self.device = torch.device(device)
         self._store = None if factors is None else t2k.FactorStore(factors)
-        stored = [n.removesuffix(".weight") for n in self.checkpoint.tensors if "weight" in n]
-        wanted = list(layers)
-        found = {layer: _same_layer(layer, stored) for layer in wanted}
+        stored = [
+            name.removesuffix(".weight")
+            for name in self.checkpoint.tensors
+            if name.endswith(".weight")
+        ]
+        wanted, marks = list(layers), fingerprints or {}
+        found = {layer: self._find(layer, stored, marks.get(layer)) for layer in wanted}
         missing = [layer for layer, name in found.items() if name is None]
         if missing:
+            near = difflib.get_close_matches(missing[0], stored, n=2)
             raise ValueError(
                 f"the checkpoint {folder} lacks {len(missing)} of {len(wanted)} layers of the "
-                f"expert, first {missing[0]!r}. It was made for another model."
+                f"expert, first {missing[0]!r} (near: {', '.join(near) or 'nothing'}). It was "
+                "made for another model."
             )
         by_name = {w.name: w for w in self.checkpoint.named(n for n in found.values() if n)}
         #: layer of the model -> its weight in the checkpoint
@@ -57,7 +71,7 @@ class Weights:
         kept = full if rank is None else min(rank, full)
         if self._store is None:
             return t2k.decompose(weight, rank=kept, dtype=dtype)
-        key = self._store.find(layer)
+        key = self._store.find(layer, weight)
         if key is None:
             raise ValueError(
                 f"the factors at {self._store.path} have none for layer {layer!r}. "
@@ -72,9 +86,13 @@ class Weights:
             )
         return t2k.SVDFactors(f.U[:, :kept].contiguous(), f.S[:kept], f.V[:, :kept])
 
+    def _find(self, layer: str, stored: list[str], mark: str | None) -> str | None:
+        """The checkpoint's name for a layer whose weight has the fingerprint ``mark``."""
+        if mark is None:
+            return same_layer(layer, stored)
 
-def _same_layer(layer: str, stored: list[str]) -> str | None:
-    if layer in stored:
-        return layer
-    near = [n for n in stored if n.endswith("." + layer) or layer.endswith("." + n)]
-    return near[0] if len(near) == 1 else None
+        def has(name: str) -> bool:
+            values = (weight.read() for weight in self.checkpoint.named([name]))
+            return any(v.is_floating_point() and t2k.fingerprint(v) == mark for v in values)
+
+        return same_layer(layer, stored, has)

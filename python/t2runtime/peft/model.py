@@ -151,8 +151,9 @@ class SVFModel(BaseTuner):
                 self._bar.set_postfix_str(name)
                 self._bar.update()
                 return t2k.decompose(weight, rank=rank, precision=config.precision)
-            self._store.verify(name, weight)
-            factors = self._store.load(name, device=weight.device, dtype=weight.dtype)
+            key = self._store.find(name, weight) or name
+            self._store.verify(key, weight)
+            factors = self._store.load(key, device=weight.device, dtype=weight.dtype)
         except (TypeError, ValueError, RuntimeError) as error:
             raise type(error)(f"SVF adapter, layer {name!r}: {error}") from error
         if factors.rank < rank:
