@@ -31,6 +31,7 @@ class ExpertBank:
     Attributes:
         names: the experts, in the order of the K axis of alpha.
         layers: the layers' names, in the order of the L axis of alpha.
+        row_order: of each ``use`` that does not say its own; see there.
 
     >>> import torch, t2kernels as t2k
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
@@ -45,9 +46,9 @@ class ExpertBank:
     True
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, row_order: str | None = None) -> None:
         self._layers = converted_layers(model)
-        self.model = model
+        self.model, self.row_order = model, row_order
         self._route: Route = model._t2_route  # type: ignore[assignment]
         self._experts: dict[str, Expert] = {}
         self._flat: dict[str, Tensor] = {}
@@ -152,11 +153,10 @@ class ExpertBank:
             routing: a name, a {name: weight}, or None (the base) for all rows; a list of these,
                 one per request; or alpha, a (B, K) or (B, L, K) tensor of mixing weights over
                 ``names`` (and ``layers``). Gradients reach alpha.
-            slot: (tokens,) int32, the request of every token (-1 = base) of a flattened input, for
-                packed batches; otherwise rows follow the batch axis, and beams and several return
-                sequences repeat rows in order.
+            slot: (tokens,) int32, the request of every token (-1 = base) of a flattened input. Else
+                rows follow the batch axis; beams and return sequences repeat them in order.
             row_order: what the first axis of 2-D inputs is: "batch" (one row per row of the
-                batch, like a pooler) or "flat" (all tokens of the batch in order). Never guessed.
+                batch, like a pooler) or "flat" (all tokens of it in order). Never guessed.
             mixture: "deviation", "paper", "paper-normalised" or "authors"; see ``mix``.
             base_rows: in a mixed batch a None row is computed with d = σ, exact to rounding
                 ("factorised"), or with the stored W at the cost of a dense product ("stored").
@@ -168,7 +168,7 @@ class ExpertBank:
         if self._route.merged is not None:
             raise RuntimeError("ExpertBank.use: an expert is merged; call bank.unmerge() first.")
         for what, value, allowed in (
-            ("row_order", row_order, ROW_ORDERS),
+            ("row_order", row_order or self.row_order, ROW_ORDERS),
             ("mixture", mixture, MIXTURES),
             ("base_rows", base_rows, ("factorised", "stored")),
         ):
@@ -182,7 +182,7 @@ class ExpertBank:
             )
         with torch.inference_mode(False):  # the plan may serve calls with gradients, too
             plan = self._plan(routing, slot, mixture)
-        plan.row_order, plan.stored_base_rows = row_order, base_rows == "stored"
+        plan.row_order, plan.stored_base_rows = row_order or self.row_order, base_rows == "stored"
         depth = self._depth
         self._busy.add(depth)
         try:

@@ -29,6 +29,8 @@ _SPOKEN = (
     (r"(?<=leave out )extract\b", "--extract"),
     (r"\bdata=(?=[\w'])", "--data "),
     (r"(?<![-\w'])max_new_tokens\b", "--max-new-tokens"),
+    (r"\brow_order='(\w+)'", r"--row-order \1"),
+    (r",? or pass slot= with one entry per token", ""),
 )
 USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError)
 
@@ -130,6 +132,7 @@ def _adapt(commands: Any) -> None:
     options.tasks(p)
     p.add_argument("--chat", choices=("auto", "on", "off"), default="auto", help=_CHAT)
     options.adapting(p)
+    options.rows(p)
     p.add_argument(
         "--allow-mismatch", action="store_true", help="take experts made for another base weight"
     )
@@ -141,6 +144,7 @@ def _eval(commands: Any) -> None:
     options.tasks(p)
     p.add_argument("--chat", choices=("auto", "on", "off"), default="auto", help=_CHAT)
     options.evaluating(p)
+    options.rows(p)
     p.add_argument(
         "--allow-mismatch", action="store_true", help="take experts made for another base weight"
     )
@@ -191,6 +195,7 @@ def _answer_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--max-new-tokens", type=int, help="default: 256, or what the context leaves")
     p.add_argument("--chat", choices=("auto", "on", "off"), default="auto", help=_CHAT)
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer")
+    options.rows(p)
     p.add_argument(
         "--allow-mismatch", action="store_true", help="take experts made for another base weight"
     )
@@ -266,6 +271,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="with --model; default: random",
     )
+    options.rows(p)
     p.add_argument("--out", default="out/demo", help="folder for the plot and the results")
     p.add_argument("--seed", type=int, default=0)
     return parser

@@ -36,6 +36,7 @@ from t2runtime.generation import (
 from t2runtime.invariant import invariant_model
 from t2runtime.loading import SMALL_NAME, load
 from t2runtime.request import Decide, Output, Request, asked_of, for_all, requests_of
+from t2runtime.rows import row_order_of
 
 __all__ = ["STRATEGIES", "Output", "Transformer2"]
 
@@ -60,6 +61,9 @@ class Transformer2:
         router, record: a `Router` and a `Record` of past performance, or the files that hold them,
             for the strategies of these names; tied by hash to the experts they were made for.
         chat: whether prompts go into the tokenizer's chat template: "auto", "on" or "off".
+        row_order: "flat" or "batch", for models that flatten their batch inside (see
+            `ExpertBank.use`), kept as the bank's own. Default: the bank's, or what is known of the
+            model (`t2runtime.rows`).
 
     Raises ValueError where a category or the classifier needs an expert that the bank lacks.
     """
@@ -76,9 +80,11 @@ class Transformer2:
         router: Router | str | Path | None = None,
         record: Record | str | Path | None = None,
         chat: str = "auto",
+        row_order: str | None = None,
     ) -> None:
         self.model, self.tokenizer, self.bank, self.chat = model, tokenizer, bank, chat
         self.classifier = classifier
+        bank.row_order = row_order or bank.row_order or row_order_of(model)
         uses_template(tokenizer, chat)  # raises for one that is asked for and not there
         saved = isinstance(mixtures, (str, Path))
         self.mixtures: dict[str, Mixture] = dict(
@@ -117,7 +123,7 @@ class Transformer2:
                 `t2kernels.convert`.
             classifier: the name of one of the experts, or the file of one more.
             allow_mismatch: take experts that were made for another base weight.
-            more: categories, mixtures, router, record, chat; see the class.
+            more: categories, mixtures, router, record, chat, row_order; see the class.
         """
         model, tokenizer = load(model_path, dtype, device)
         t2k.convert(model, targets=targets, decomposition=factors, progress=False)

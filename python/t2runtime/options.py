@@ -102,6 +102,13 @@ def search_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
+def rows(p: argparse.ArgumentParser) -> None:
+    """Of commands that answer a batch with a mixture for each request."""
+    p.add_argument("--row-order", choices=("batch", "flat"), help="of models that flatten their "
+                   "batch inside: what the rows are, one a request, or all tokens in order "
+                   "(default: what is known of the model)")  # fmt: skip
+
+
 def tasks(p: argparse.ArgumentParser) -> None:
     """Which tasks, with their data."""
     p.add_argument("--task", action="append", required=True, help=f"{TASK}; several may be given")

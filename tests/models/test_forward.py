@@ -120,6 +120,25 @@ def test_two_dimensional_inputs_are_never_guessed(zoo, name):
             zoo.outputs(model, zoo.inputs(name))
 
 
+def test_a_bank_may_declare_its_row_order(zoo):
+    """For each `use` that does not say its own."""
+    _, model, _ = _converted(zoo, "qwen2_moe")
+    inputs, routing = zoo.inputs("qwen2_moe"), ["math", None, "code"]
+    bank = zoo.bank(model, "math", "code")
+    with torch.no_grad():
+        with bank.use(routing, row_order="flat"):
+            expected = zoo.outputs(model, inputs)
+        bank.row_order = "flat"
+        with bank.use(routing):
+            assert torch.equal(zoo.outputs(model, inputs), expected)
+        bank.row_order = "batch"
+        with bank.use(routing, row_order="flat"):
+            assert torch.equal(zoo.outputs(model, inputs), expected)
+    bank = t2k.ExpertBank(model, row_order="rows")
+    with pytest.raises(ValueError, match="row_order must be one of .* got 'rows'"), bank.use(None):
+        pass
+
+
 def test_explicit_slots_equal_rows(zoo):
     _, model, _ = _converted(zoo, "qwen2_moe")
     bank = zoo.bank(model, "math", "code")

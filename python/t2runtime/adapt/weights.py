@@ -75,12 +75,14 @@ def combined(
 
 def routing(
     bank: t2k.ExpertBank, mixtures: Sequence[Mixture]
-) -> list[str | Mapping[str, float] | None] | Tensor:
+) -> dict[str, float] | list[dict[str, float]] | Tensor:
     """What `bank.use` takes for these requests: a list, or alpha (B, L, K) fp32 where one of them
-    has weights per layer.
+    has weights per layer. Where all are equal it is one mixture, or B = 1: no row need be told from
+    another, whatever the model makes of its batch.
     """
     if not any(isinstance(m, TaskMixture) and m.per_layer for m in mixtures):
-        return [parts(m) if isinstance(m, TaskMixture) else m for m in mixtures]
+        each = [parts(mixture) for mixture in mixtures]
+        return each[0] if all(one == each[0] for one in each) else each
     rows = []
     for mixture in mixtures:
         if isinstance(mixture, TaskMixture):
@@ -89,4 +91,5 @@ def routing(
             weights = parts(mixture)
             row = torch.tensor([float(weights.get(name, 0.0)) for name in bank.names])
             rows.append(row.repeat(len(bank.layers), 1))
-    return torch.stack(rows)
+    alpha = torch.stack(rows)
+    return alpha[:1] if bool((alpha == alpha[:1]).all()) else alpha

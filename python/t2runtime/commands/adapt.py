@@ -53,6 +53,7 @@ def _engine(args: argparse.Namespace) -> Transformer2:
     return Transformer2.from_pretrained(
         args.model, experts, targets=targets(args.targets), dtype=args.dtype, device=args.device,
         factors=args.factors, allow_mismatch=args.allow_mismatch, chat=args.chat,
+        row_order=args.row_order,
     )  # fmt: skip
 
 

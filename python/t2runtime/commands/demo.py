@@ -21,8 +21,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             "--expert goes with --model; the small model's demo trains its own experts"
         )
+    if args.row_order and not args.model:
+        raise ValueError("--row-order goes with --model; the small model needs none")
     if args.model:
-        results = local_model.run(args.model, args.expert, args.seed, say)
+        results = local_model.run(args.model, args.expert, args.seed, say, args.row_order)
     else:
         results = small.run(out, args.seed, say)
         results["plot"] = str(out / "demo.png") if plot.save(results, out / "demo.png") else None

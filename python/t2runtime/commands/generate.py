@@ -99,6 +99,7 @@ def loaded(
         args.model, experts, targets=targets(args.targets), dtype=args.dtype, device=args.device,
         factors=args.factors, classifier=classifier, allow_mismatch=args.allow_mismatch,
         mixtures=mixtures or meant, router=args.router, record=args.record, chat=args.chat,
+        row_order=args.row_order,
     )  # fmt: skip
     return t2, weights
 

@@ -15,6 +15,7 @@ import t2kernels as t2k
 from t2runtime.demo import cost
 from t2runtime.generation import complete, encode
 from t2runtime.loading import load
+from t2runtime.rows import row_order_of
 
 PROMPTS = (
     "Once upon a time", "The answer is", "In the morning, she",
@@ -23,7 +24,13 @@ PROMPTS = (
 NEW_TOKENS = 24
 
 
-def run(path: str, files: Sequence[str], seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+def run(
+    path: str,
+    files: Sequence[str],
+    seed: int,
+    say: Callable[[str], None],
+    row_order: str | None = None,
+) -> dict[str, Any]:
     """Convert, check that the base is unchanged bit for bit, generate with a mixture per request,
     time it.
     """
@@ -35,7 +42,7 @@ def run(path: str, files: Sequence[str], seed: int, say: Callable[[str], None]) 
     report = t2k.convert(model)
     say(f"{path}: {len(report.converted)} layers converted, {report.trainable:,} singular values, "
         f"{len(report.skipped)} skipped")  # fmt: skip
-    bank = t2k.ExpertBank(model)
+    bank = t2k.ExpertBank(model, row_order or row_order_of(model))
     for file in files:
         bank.add(Path(file).stem, t2k.Expert.load(file))
     if not files:
