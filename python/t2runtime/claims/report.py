@@ -143,15 +143,15 @@ def _markdown(
     for name, lacks in result["lacking"].items():
         parts += ["", f"Not run: `{name}`, it needs {lacks} (see the Makefile)."]
     for lines in more:
-        parts += ["", *lines] if lines else []
+        parts += ["", *map(_wrapped, lines)] if lines else []
     for file, shows in pictures.items():
         parts += ["", f"![{shows}]({file})"]
     return "\n".join(parts) + "\n"
 
 
 def _wrapped(text: str) -> str:
-    """In lines of the documents' length; what is one word stays whole."""
-    return textwrap.fill(
+    """In lines of the documents' length, rows of tables as they are; words stay whole."""
+    return text if text.startswith("|") else textwrap.fill(
         text, _WIDTH, subsequent_indent="  " if text.startswith("- ") else "",
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip

@@ -30,7 +30,13 @@ def claims_module(**more):
 
         @staticmethod
         def section(rows):
-            return [f"## {len(rows.get('a', ()))} rows", "", "as found"]
+            return [
+                f"## {len(rows.get('a', ()))} rows",
+                "",
+                "as found " * 20,
+                "",
+                "|as found " * 20,
+            ]
 
     return Module
 
@@ -71,6 +77,8 @@ def test_confirmed_refuted_undecided_and_not_measured(tmp_path, result):
     assert found["Reinforcement beats next-token training for SVF"] == "not measured"
     assert "Not run: `b`, it needs stories" in text
     assert "## 3 rows" in text
+    assert "|as found " * 20 in text
+    assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 120
     assert "2 are confirmed, 2 are not confirmed, 2 are undecided, 3 are not measured" in " ".join(
         text.split()
     )
