@@ -204,7 +204,7 @@ def _runs(model: nn.Module) -> Iterator[None]:
     """Says of any error inside that the model needs values."""
     try:
         yield
-    except (NotImplementedError, RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RuntimeError(
             f"{type(model).__name__} cannot be run without weights: {reason}"
@@ -244,6 +244,11 @@ def _rollout(model: Any, settings: Settings) -> dict[str, int]:
     del out
     with _runs(model), Meter():
         out = _run(model, 1, settings.tokens, 1, True)
+    if getattr(out, "past_key_values", None) is None:
+        raise RuntimeError(
+            f"{type(model).__name__} answers without a cache of keys and values, so the memory of "
+            "its rollout cannot be planned. Plan objective 'next-token', which has no rollout"
+        )
     cache = getattr(out.past_key_values, "layers", ())
     held = [t for layer in cache for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
     # Scores in fp32, scaled, their softmax and a scratch copy.

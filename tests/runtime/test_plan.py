@@ -241,6 +241,46 @@ def test_a_model_that_needs_values_says_so(tmp_path: Path, monkeypatch: Any) -> 
         plan(folder, Settings())
 
 
+def test_blocks_that_drop_out_by_themselves(tmp_path: Path) -> None:
+    config = {
+        "model_type": "opt", "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2,
+        "dropout": 0.1, "num_attention_heads": 2, "vocab_size": 61, "word_embed_proj_dim": 32,
+        "max_position_embeddings": 64,
+    }  # fmt: skip
+    found = plan(written(tmp_path, config), Settings(rows=2, tokens=16))
+    assert found["layers"] == 12 and found["values"] == 12 * 32
+    sizes = found["bytes"]["activations"]
+    assert sizes["keep"] > sizes["checkpointing"] > 0
+
+
+def test_a_state_that_is_no_cache_of_keys_and_values(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mamba: no rollout that could be counted, but a gradient."""
+    config = {"model_type": "mamba", "hidden_size": 24, "num_hidden_layers": 2, "vocab_size": 61}
+    words = ["plan", str(written(tmp_path, config)), "--tokens", "16", "--prompts", "2"]
+    assert main(words) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "MambaForCausalLM answers without a cache" in said and "'next-token'" in said
+    assert main([*words, "--objective", "next-token"]) == 0
+    assert "gradient, keep" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [AttributeError, KeyError, TypeError, IndexError])
+def test_foreign_code_that_fails_is_one_line(
+    tmp_path: Path, monkeypatch: Any, error: type[Exception]
+) -> None:
+    model = skeleton(written(tmp_path, _LLAMA_1B | {"num_hidden_layers": 1}), "auto")
+
+    def forward(**more: Any) -> None:
+        raise error("odd")
+
+    model.forward = forward
+    monkeypatch.setattr(planning, "skeleton", lambda *words: model)
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM cannot be run without weights.*odd"):
+        plan(tmp_path, Settings())
+
+
 @pytest.mark.parametrize(
     "config", [{"model_type": "vit"}, {"model_type": "nobody-knows"}, {"model_type": "llama",
     "hidden_size": "wide"}]

@@ -89,6 +89,33 @@ def test_checkpointing_keeps_less_and_leaves_dropout_off(tiny: Any, tokenizer: A
     assert modes == [False, False], "once forward, once again in backward"
 
 
+def test_checkpointed_blocks_that_drop_out_by_themselves(tokenizer: Any) -> None:
+    """OPT's blocks drop out by a function that their own mode decides."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=16, ffn_dim=24, num_hidden_layers=2, dropout=0.5,
+        num_attention_heads=2, max_position_embeddings=32, word_embed_proj_dim=16, init_std=0.3,
+        layerdrop=0.9, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.OPTForCausalLM(config).eval()
+    t2k.convert(model, progress=False)
+    layers = t2k.trainable(model)
+    done = complete(model, tokenizer, ["1+1=", "2+2="], 2)
+    share = token_shares(done, False)
+    found = []
+    for wanted in (False, True):
+        cfg = Config(gradient_checkpointing=wanted, kl=0.1)
+        gradient(model, SVF(model), done, share, share, cfg)
+        found.append([z.grad.clone() for z in layers])  # type: ignore[union-attr]
+        for z in layers:
+            z.grad = None
+    assert all(bool(g.any()) for g in found[0])
+    for kept, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, kept)
+    assert not any(m.training for m in model.modules())
+
+
 def test_sigmoid_normalised_layers_learn(
     tokenizer: Any, tiny: Any, letter: Any, quick: Any
 ) -> None:
