@@ -4,6 +4,7 @@ string, or when their tokens are used up. Text can be had while it is made.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from t2runtime.generation import decode, end_tokens, pad_left, pad_token, sampling
 
+#: A byte, in tokenizers that fall back to them.
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 #: Called with the row and the next piece of its text.
 Stream = Callable[[int, str], None]
 
@@ -29,8 +32,9 @@ def answer(
     """The text of each row of token ids: at most `budgets[row]` tokens, without the end token, and
     up to the first of the `stop` strings.
 
-    `stream` gets pieces that add up to the text, if the tokenizer leaves alone what it has decoded;
-    what may turn out to be part of a stop string, or of a character, is held back.
+    `stream` gets pieces that add up to the text; what may turn out to be part of a stop string, or
+    of a character, is held back. A tokenizer that takes back what it has decoded in another way
+    than bytes ends the row's stream there: its pieces are then the beginning of what it said.
     """
     ids, mask = pad_left(rows, pad_token(tokenizer), model.device)
     ends = end_tokens(model, tokenizer)
@@ -69,24 +73,41 @@ class _Watch:
             ended = last[row] in self.ends
             done = ended or new >= budget
             if self.stop or self.stream:
-                text = decode(self.tokenizer, input_ids[row, self.width : self.width + new - ended])
-                done = self._said(row, text, done) or done
+                ids = input_ids[row, self.width : self.width + new - ended].tolist()
+                done = self._said(row, ids, done) or done
             if done:
                 self.lengths[row] = new - ended
         done_rows = [row in self.lengths for row in range(len(self.budgets))]
         return torch.tensor(done_rows, device=input_ids.device)
 
-    def _said(self, row: int, text: str, done: bool) -> bool:
+    def _said(self, row: int, ids: list[int], done: bool) -> bool:
         """Pass on what is certain of the row's text so far; whether a stop string is in it."""
+        text = decode(self.tokenizer, ids)
         cut = self._cut(text)
         stopped = len(cut) < len(text)
         if self.stream:
-            certain = cut if stopped or done else cut[: len(cut) - self._open(cut)]
+            certain = cut
+            if not (stopped or done):
+                count = self._settled(ids)
+                certain = text if count == len(ids) else decode(self.tokenizer, ids[:count])
+                certain = certain[: len(certain) - self._open(certain)]
             before = self.given.get(row, "")
             if len(certain) > len(before) and certain.startswith(before):
                 self.given[row] = certain
                 self.stream(row, certain[len(before) :])
         return stopped
+
+    def _settled(self, ids: list[int]) -> int:
+        """How many of the ids stand before the bytes at the end. A run of bytes that turns out not
+        to be UTF-8 is decoded as U+FFFD throughout, its letters too.
+        """
+        count = len(ids)
+        while count:
+            token = self.tokenizer.convert_ids_to_tokens(ids[count - 1])
+            if token is None or not _BYTE.fullmatch(token):  # None: no token has this id
+                break
+            count -= 1
+        return count
 
     def _cut(self, text: str) -> str:
         """The text up to the first stop string."""
