@@ -223,9 +223,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--rank", type=int, help="keep this many components (delta form)")
     p.add_argument("--device", default="auto", help="where to decompose: auto, cpu, cuda")
     p.add_argument("--overwrite", action="store_true", help="start anew instead of going on")
+    p.add_argument("--float64", action="store_true", help="accurate to 1e-7 instead of 5e-6")
     p.add_argument(
-        "--float64", action="store_true", help="factors accurate to 1e-7 instead of 5e-6"
-    )
+        "--with-experts", action="store_true",
+        help="also matrices of mixture-of-experts blocks that the model stacks into one tensor",
+    )  # fmt: skip
 
     _train(commands)
     _adapt(commands)
