@@ -12,7 +12,8 @@ is left out, so that all forms have the same weights; so is what their engine co
 
 Everything around is equal: model, mixtures, shots (tokenised once for all forms), generation,
 machine, process. The forms take turns; their likelihoods must agree and their answers be equal, but
-for one in a hundred (of two tokens as good as equal rounding chooses), or nothing is timed. Measured on the small model and on a random Llama of --layers and --hidden.
+for one in a hundred (of two tokens as good as equal rounding chooses), or nothing is timed.
+Measured on the small model and on a random Llama of --layers and --hidden.
 
 The floor is what the products of the converted layers alone take for as many tokens, each at its
 best in the same run: no form that computes them for every row can be faster than a baseline by more
