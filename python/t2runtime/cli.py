@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from t2runtime import options
@@ -28,6 +29,8 @@ _SPOKEN = (
     (r"\bextract=(?=[\w'])", "--extract "),
     (r"(?<=leave out )extract\b", "--extract"),
     (r"\bdata=(?=[\w'])", "--data "),
+    (r"needs task=,", "needs --task,"),
+    (r"pass mixtures=folder", "give --mixtures FOLDER"),
     (r"(?<![-\w'])max_new_tokens\b", "--max-new-tokens"),
     (r"\brow_order='(\w+)'", r"--row-order \1"),
     (r",? or pass slot= with one entry per token", ""),
@@ -189,7 +192,9 @@ def _answer_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--classifier", metavar="FILE", help="expert under which pass 1 runs")
     p.add_argument("--mixtures", metavar="DIR", help="what `t2 adapt` found, one file a task")
-    p.add_argument("--task", help="the task whose mixture is used")
+    p.add_argument(
+        "--task", type=_task_name, help="the task whose mixture is used, or its .jsonl file"
+    )
     p.add_argument("--router", metavar="FILE", help="what `t2 adapt --method router` wrote")
     p.add_argument("--record", metavar="FILE", help="what `t2 adapt --method record` wrote")
     p.add_argument("--max-new-tokens", type=int, help="default: 256, or what the context leaves")
@@ -199,6 +204,11 @@ def _answer_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--allow-mismatch", action="store_true", help="take experts made for another base weight"
     )
+
+
+def _task_name(text: str) -> str:
+    """What a mixture is called that was found with `t2 adapt --task` of this text."""
+    return Path(text).stem if text.endswith(".jsonl") else text
 
 
 def build_parser() -> argparse.ArgumentParser:

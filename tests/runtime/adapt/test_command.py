@@ -79,3 +79,24 @@ def test_no_experts_and_two_of_a_name(
     (tmp_path / "empty").mkdir()
     assert main([*argv, "--expert", str(tmp_path / "empty")]) == 2
     assert "holds no *.safetensors" in capsys.readouterr().err
+
+
+def test_a_mixture_is_recalled_by_the_file_it_was_found_with(
+    experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or by its name; the error names the tasks that there are, as a command does."""
+    data, out = tmp_path / "data" / "own.jsonl", tmp_path / "mixtures"
+    data.parent.mkdir()
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(40)]
+    data.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    given = ["small", "--expert", str(experts), "--max-new-tokens", "4"]
+    assert main(["adapt", *given, "--task", str(data), "--out", str(out), *QUICK]) == 0
+    asked = ["generate", *given, "--strategy", "few-shot", "--mixtures", str(out), "--prompt",
+             "3+1=", "--json"]  # fmt: skip
+    capsys.readouterr()
+    for task in (str(data), "own"):
+        assert main([*asked, "--task", task]) == 0
+        assert json.loads(capsys.readouterr().out)["outputs"][0]["mixture"]["task"] == "own"
+    assert main([*asked, "--task", "other"]) == 2
+    said = capsys.readouterr().err
+    assert "'few-shot' needs --task, one of the tasks that a mixture was found for (own)" in said
