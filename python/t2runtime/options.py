@@ -7,7 +7,7 @@ from typing import Any
 
 from t2runtime.rewards import EXTRACTORS
 
-TASK = "gsm8k, mbpp, add, story:animal, ..., category:a+b, or a .jsonl file"
+TASK = "gsm8k, mbpp, add, story:animal, ..., category:a+b, a .jsonl file or a folder of them"
 #: Ways to search for a mixture.
 SEARCHES = ("cem", "cma-es", "random", "gradient")
 

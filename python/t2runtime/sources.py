@@ -50,18 +50,25 @@ def source(
     """The source of problems called `name`.
 
     A generated task ("add", "category", ...); a known one ("gsm8k", "mbpp", ...) with `data`, a
-    local file or folder or "hf://owner/name"; a path that ends in .jsonl; or "category:gsm8k+mbpp"
-    with `data`, a folder that holds one of the same name for each; or "story:animal", a property
-    of stories. `extract` names the way completions are read where it is not to be the task's own.
+    local file or folder or "hf://owner/name"; a path that ends in .jsonl, or that of a folder with
+    train.jsonl and test.jsonl; or "category:gsm8k+mbpp" with `data`, a folder that holds one of
+    the same name for each; or "story:animal", a property of stories. `extract` names the way
+    completions are read where it is not to be the task's own.
     """
     if extract is not None and extract not in rewards.EXTRACTORS:
         known = ", ".join(rewards.EXTRACTORS)
         raise ValueError(f"extract must be one of {known}, got {extract!r}")
     reads = None if extract is None else rewards.EXTRACTORS[extract]
-    if name.endswith(".jsonl"):
+    generated = (*tasks.CATEGORIES, tasks.category.NAME)
+    told = name.startswith(stories.PREFIX)
+    own = Path(name).expanduser()
+    # A folder that happens to have a task's name is not meant: "./gsm8k" says that it is.
+    folder = name not in ("", *generated, *KNOWN) and not told and own.is_dir()
+    if name.endswith(".jsonl") or folder:
         if data is not None:
             raise ValueError(f"task {name!r} is itself the data, got data={str(data)!r} besides")
-        return jsonl.load(Path(name).stem, name, extract=reads, on_bad_lines=on_bad_lines)
+        called = own.resolve().name if folder else own.stem
+        return jsonl.load(called, name, extract=reads, on_bad_lines=on_bad_lines)
     if name in KNOWN or name.startswith(OF_SEVERAL):
         if data is None:
             raise ValueError(
@@ -72,15 +79,13 @@ def source(
         if extract is not None:
             raise ValueError(f"task {name!r} reads answers as pass 1 does; leave out extract")
         return _categories(name[len(OF_SEVERAL) :].split("+"), data, on_bad_lines)
-    generated = (*tasks.CATEGORIES, tasks.category.NAME)
-    told = name.startswith(stories.PREFIX)
     if name not in generated and not told:
         names = [*generated, *KNOWN, *(stories.PREFIX + of for of in stories.PROPERTIES)]
         close = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"task must be one of {', '.join(names)}, or a path that ends in .jsonl, "
-            f"got {name!r}.{hint}"
+            f"task must be one of {', '.join(names)}, or a path that ends in .jsonl or is a "
+            f"folder with train.jsonl and test.jsonl, got {name!r}.{hint}"
         )
     if data is not None:
         raise ValueError(f"task {name!r} is generated and reads no data, got data={str(data)!r}")

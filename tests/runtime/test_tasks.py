@@ -92,7 +92,71 @@ def test_jsonl(tmp_path: Path) -> None:
     assert mine(7, "train", 0) == mine(7, "train", 0)
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"prompt": "x"}', '{"prompt": "x", "answer": 3}'])
+def test_a_folder_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(letter: str, count: int) -> str:
+        return "\n".join(f'{{"prompt": "{letter}{i}", "answer": "{i}"}}' for i in range(count))
+
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(rows("q", 60))
+    (folder / "test.jsonl").write_text(rows("t", 2))
+    mine = source(f"{folder}/")
+    assert mine.name == "mine" == mine(1, "test", 0)[0].category
+    assert {p.prompt for p in mine(9, "test", 0)} == {"t0", "t1"}
+    held = {p.prompt for p in mine(60, "validation", 0)}
+    assert held and held | {p.prompt for p in mine(60 - len(held), "train", 0)} == {
+        f"q{i}" for i in range(60)
+    }
+    (folder / "validation.jsonl").write_text(rows("v", 3))
+    mine = source(str(folder))
+    assert [mine.size(s) for s in tasks.SPLITS] == [60, 3, 2]  # type: ignore[attr-defined]
+    # A task's name means the task, whatever lies in the working directory.
+    folder.rename(tmp_path / "add")
+    monkeypatch.chdir(tmp_path)
+    assert source("add")(1, "test", 0)[0].prompt != "t0"
+    assert source("./add").size("test") == 2  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="itself the data"):
+        source("./add", data="x")
+    with pytest.raises(ValueError, match=r"task must be one of.*a folder with train\.jsonl"):
+        source("")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="must hold train and test"):
+        source("none")
+
+
+def test_too_few_lines_name_a_way_that_there_is(tmp_path: Path) -> None:
+    path = tmp_path / "two.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": "d"}')
+    two = source(str(path))
+    with pytest.raises(ValueError, match=r"'two' has no .* as the task a folder with train\.jsonl"):
+        for split in tasks.SPLITS:
+            two(1, split, 0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("2", "2"),
+        ("-0.5", "-0.5"),
+        ("1.50", "1.5"),
+        ("0", "0"),
+        ("1" + "0" * 400, None),
+        ("1e3", "1000.0"),
+    ],
+)
+def test_answers_that_are_numbers(tmp_path: Path, answer: str, text: str | None) -> None:
+    path = tmp_path / "test.jsonl"
+    path.write_text(f'{{"prompt": "1+1=", "answer": {answer}}}')
+    found = source(str(path))(1, "test", 0)[0].answer
+    assert found == (answer if text is None else text)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[1]", '{"prompt": "x"}', '{"prompt": 3, "answer": "y"}',
+     *(f'{{"prompt": "x", "answer": {answer}}}'
+       for answer in ("true", "false", "null", "[3]", "NaN", "1e999", '""'))],
+)  # fmt: skip
 def test_jsonl_says_which_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "x", "answer": "y"}\n' + line)
