@@ -251,6 +251,12 @@ CLAIMS: tuple[Claim, ...] = (
         lambda row: _gain_of_one(row, "deviation"), low=0,
     ),
     Claim(
+        "A weighted sum of z with Σα = 1 serves questions of two skills better than the better "
+        "expert",
+        "section 3.1", f"{_ONE}, Σαz with Σα = 1 less the better expert alone", _SKILLS, QUESTIONS,
+        lambda row: _gain_of_one(row, "paper-normalised"), low=0,
+    ),
+    Claim(
         "Mixing chains skills: the sum backwards, the largest digit of a sum", "not in the paper",
         "accuracy of the mixture less the best of base and experts, points",
         "questions that the base model never saw; the mixture has both experts at weight 1.",

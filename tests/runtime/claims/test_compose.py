@@ -128,7 +128,7 @@ def test_stories_with_several_properties(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_claims_compare_with_the_better_expert_alone() -> None:
-    ours, normalised, beats, authors, both, chained = compose.CLAIMS
+    ours, normalised, beats, authors, both, one, chained = compose.CLAIMS
     rows = {
         "compose-stories": [
             story_row(deviation=60.0 + s, paper_normalised=15.0, authors=61.0) for s in range(3)
@@ -138,11 +138,13 @@ def test_claims_compare_with_the_better_expert_alone() -> None:
     found = [judge(claim, rows) for claim in compose.CLAIMS]
     assert [f["verdict"] for f in found] == [
         "confirmed", "not confirmed", "confirmed", "undecided", "not confirmed", "not confirmed",
+        "not confirmed",
     ]  # fmt: skip
     assert found[0]["mean"] == pytest.approx(41.0)  # 60, 61, 62 less 20
     assert found[1]["mean"] == pytest.approx(-5.0)
     assert found[4]["mean"] == pytest.approx(-9.0)
-    assert (ours.kind, both.kind) == ("compose-stories", "compose")
+    assert found[5]["mean"] == pytest.approx(-9.0)
+    assert (ours.kind, both.kind, one.kind) == ("compose-stories", "compose", "compose")
     assert beats.paper == authors.paper == chained.paper == "not in the paper"
     assert normalised.low == 0
 
