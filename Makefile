@@ -3,7 +3,7 @@
 #              EXPERT="a.safetensors b.safetensors" under these experts
 # make evidence  the method's claims on the small model: many training runs, resumable (an hour of two
 #              cores; STORIES=folder adds a model that tells stories, SEEDS=5)
-# make claims  what the paper says, tried over seeds: docs/claims.md (half an hour of two cores;
+# make claims  what the paper says, tried over seeds: docs/claims.md (an hour of two cores;
 #              STORIES, SEEDS, DATA=folder of data sets, UNITS="dispatch ..."; EVIDENCE=file made by
 #              make evidence answers the claims about training)
 # make gpu     where a GPU is: build, test and benchmark with the Python that is there, no network
