@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from t2runtime.claims import report
 from t2runtime.claims.__main__ import main
 from t2runtime.claims.claim import Claim
 
+ROOT = Path(__file__).parents[3]
 EVIDENCE = {
     "answers": [
         {"question": "SVF against LoRA, by reinforcement", "difference": 0.2, "interval": [-1, 1]},
@@ -129,3 +131,14 @@ def test_another_file_is_refused(tmp_path):
         for name in ("x.json", "missing.json"):
             with pytest.raises(SystemExit, match=rf"{option} .*got .*{name}"):
                 main(["--out", str(tmp_path), option, str(tmp_path / name)])
+
+
+def test_the_page_is_what_the_committed_results_say(tmp_path):
+    results = ROOT / "benchmarks" / "results" / "claims.json"
+    assert main(["--out", str(tmp_path), "--report-only", str(results)]) == 0
+    assert (tmp_path / "claims.json").read_text() == results.read_text()
+
+    def words(path):  # the pictures are there where matplotlib is installed
+        return [line for line in path.read_text().splitlines() if line and line[0] != "!"]
+
+    assert words(tmp_path / "claims.md") == words(ROOT / "docs" / "claims.md")
