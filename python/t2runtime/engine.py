@@ -172,7 +172,7 @@ class Transformer2:
         strategy: str | Mapping[str, float] | Sequence[Mixture] | None = "prompt",
         *,
         max_new_tokens: int | Sequence[int] | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         stream: Stream | None = None,
         task: str | None = None,
     ) -> list[Output]:
@@ -198,10 +198,10 @@ class Transformer2:
         In `t2kernels.batch_invariant()` a request's text depends on nothing else in the batch; see
         `t2runtime.invariant` for what that takes.
 
-        Raises ValueError or TypeError for what concerns all requests: no prompts, an unknown
-        strategy or expert, an empty bank. What is wrong with one request is its `error`.
+        Raises ValueError or TypeError for what concerns all requests: an unknown strategy
+        or expert, an empty bank. What is wrong with one request is its `error`.
         """
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not all(isinstance(word, str) and word for word in stop):
             raise ValueError(f"stop must hold strings that are not empty, got {stop!r}")
         requests = requests_of(prompts, max_new_tokens)

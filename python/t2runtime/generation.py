@@ -60,6 +60,12 @@ class Completions:
         )
 
 
+def forward_parameters(model: Any) -> Mapping[str, inspect.Parameter]:
+    """What the model's forward takes by name; of PEFT's wrapper, what the model inside takes."""
+    inside = getattr(model, "get_base_model", None)
+    return inspect.signature((inside() if callable(inside) else model).forward).parameters
+
+
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The ids that end an answer: the model's own, else the tokenizer's; may be empty."""
     ends = getattr(model.generation_config, "eos_token_id", None)
@@ -154,11 +160,15 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, chat: str = "auto") -> list[int]:
             )
         # verbose=False: what fits is checked here, against the model's own context.
         return list(tokenizer(prompt, verbose=False)["input_ids"])
-    return list(
-        tokenizer.apply_chat_template(
+    try:
+        made = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]
-    )
+        )
+    except Exception as error:  # what a template raises is jinja2's, and jinja2 is not ours
+        if type(error).__module__.partition(".")[0] != "jinja2":
+            raise
+        raise ValueError(f"the chat template refuses this chat: {error}") from error
+    return list(made["input_ids"])
 
 
 def context_length(model: Any) -> int | None:
@@ -219,15 +229,29 @@ _UNBENT = {
     "min_p": 0.0, "typical_p": 1.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
     "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
 }  # fmt: skip
+#: One answer a row, as a tensor of ids, whatever the model's own settings ask for.
+_PLAIN = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
 
 
 def sampling(model: Any, temperature: float) -> dict[str, Any]:
     """What `model.generate` is told: greedy at 0, else the full softmax."""
-    if temperature <= 0:
-        return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     own = model.generation_config
-    bent = {k: v for k, v in _UNBENT.items() if getattr(own, k, None) not in (None, v)}
-    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, **bent}
+
+    def undone(settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in settings.items() if getattr(own, k, None) not in (None, v)}
+
+    plain = undone(_PLAIN)
+    if temperature <= 0:
+        return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, **plain}
+    bent = undone(_UNBENT)
+    return {
+        "do_sample": True,
+        "temperature": temperature,
+        "top_k": 0,
+        "top_p": 1.0,
+        **plain,
+        **bent,
+    }
 
 
 @torch.no_grad()
@@ -332,7 +356,7 @@ def answer_logits(model: Any, completions: Completions) -> Tensor:
         missing = new - completions.sampled.sum(1, keepdim=True)
         column = (torch.arange(new, device=logits.device) + missing).clamp(max=new - 1)
         return logits[torch.arange(len(logits), device=logits.device)[:, None], column]
-    accepted = inspect.signature(model.forward).parameters
+    accepted = forward_parameters(model)
     extra: dict[str, Any] = {}
     if "position_ids" in accepted:
         # Generation counts positions from the first real token; so must this.

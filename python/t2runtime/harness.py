@@ -19,7 +19,6 @@ inside `bank.use("math")`. Needs lm-eval 0.4: pip install 't2kernels[eval]'.
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,7 +28,14 @@ from torch import Tensor
 
 from t2runtime.adapt.weights import Mixture, routing
 from t2runtime.engine import STRATEGIES, Output, Transformer2
-from t2runtime.generation import context_length, end_tokens, pad_left, pad_token, prompt_ids
+from t2runtime.generation import (
+    context_length,
+    end_tokens,
+    forward_parameters,
+    pad_left,
+    pad_token,
+    prompt_ids,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +236,7 @@ class TwoPass:
         ids, mask = pad_left([row[:-1] for row in fitting], pad_token(self.tokenizer), self._device)
         keep = max(len(after) for _, _, after in pairs)
         wanted = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0), "logits_to_keep": keep}
-        accepted = inspect.signature(model.forward).parameters
+        accepted = forward_parameters(model)
         extra = {name: value for name, value in wanted.items() if name in accepted}
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits
         return [_score(row, after) for row, (_, _, after) in zip(logits, pairs, strict=True)]

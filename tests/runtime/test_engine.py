@@ -13,7 +13,8 @@ from t2runtime import tasks
 from t2runtime.adapt.mixtures import TaskMixture, hashes, save_mixture
 from t2runtime.adapt.prompt import SMALL, Categories, classify
 from t2runtime.engine import Transformer2
-from t2runtime.generation import complete, messages_of
+from t2runtime.generation import complete, forward_parameters, messages_of
+from t2runtime.loading import load
 
 STORIES = Path(os.environ.get("T2_MODELS", Path(__file__).parents[3] / "shared" / "models"))
 QUESTIONS = [tasks.problems(name, 1, "test")[0].prompt for name in tasks.CATEGORIES]
@@ -212,6 +213,56 @@ def test_requests_end_by_themselves(t2: Transformer2) -> None:
     long = "1" * 61
     outputs = t2.generate([long, "37+48="], None)
     assert len(outputs[0].text) <= 2 and outputs[1].text == t2.generate(["37+48="], None)[0].text
+
+
+def test_a_chat_that_the_template_refuses_fails_alone(small: Any) -> None:
+    model, tokenizer = small
+    t2 = Transformer2(model, tokenizer, random_bank(model, ("add",)))
+    before = tokenizer.chat_template
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = strict + TEMPLATE
+    try:
+        user = {"role": "user", "content": "37+48="}
+        system = {"role": "system", "content": "x"}
+        good, bad = t2.generate([[user], [system, user]], "add", max_new_tokens=3)
+    finally:
+        tokenizer.chat_template = before
+    assert good.error is None and good.text
+    assert bad.text == "" and "the chat template refuses this chat: no system" in str(bad.error)
+
+
+def test_beams_and_dicts_of_the_models_own_settings_are_undone(small: Any) -> None:
+    model, tokenizer = small
+    t2 = Transformer2(model, tokenizer, random_bank(model, ("add",)))
+    want = [out.text for out in t2.generate(QUESTIONS, "add", max_new_tokens=4, stop=None)]
+    own = model.generation_config
+    before = own.to_dict()
+    own.update(num_beams=3, return_dict_in_generate=True)
+    try:
+        found = [out.text for out in t2.generate(QUESTIONS, "add", max_new_tokens=4)]
+    finally:
+        own.update(**{k: before[k] for k in ("num_beams", "return_dict_in_generate")})
+    assert found == want
+
+
+def test_lora_first_then_convert(small: Any) -> None:
+    """Pass 1 and likelihoods of a model in PEFT's wrapper are those of the model inside."""
+    peft = pytest.importorskip("peft")
+    model, tokenizer = load("small", "float32", "cpu")
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    ).eval()
+    t2k.convert(wrapped, ["mlp"], progress=False)
+    t2 = Transformer2(wrapped, tokenizer, random_bank(wrapped, tuple(tasks.SKILLS)))
+    plain_model, _ = small
+    plain = Transformer2(plain_model, tokenizer, random_bank(plain_model, tuple(tasks.SKILLS)))
+    found = t2.dispatch(QUESTIONS, "prompt")
+    want = plain.dispatch(QUESTIONS, "prompt")  # both on the base; LoRA begins with nothing
+    for a, b in zip(found, want, strict=True):
+        assert a.error is None and a.probabilities is not None and b.probabilities is not None
+        for name, share in a.probabilities.items():
+            assert share == pytest.approx(b.probabilities[name], abs=1e-5)
+    assert "position_ids" in forward_parameters(wrapped)
 
 
 def test_a_chat_is_dispatched_by_its_last_turn(small: Any) -> None:

@@ -8,7 +8,6 @@ every request, on the likelihood of right answers; the model and the experts sta
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from t2kernels.files import load_tensors, save_tensors
 from t2runtime.adapt.fewshot import Space
 from t2runtime.adapt.mixtures import expert_hash, hashes
 from t2runtime.adapt.shots import check_shots, log_likelihood, question_mark
-from t2runtime.generation import encode
+from t2runtime.generation import encode, forward_parameters
 from t2runtime.tasks import Problem, Source
 
 KIND, VERSION = "router", 1
@@ -164,7 +163,7 @@ def hidden_features(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     ids, mask: (B, length), padded on the left.
     """
     wanted = {"logits_to_keep": 1, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    accepted = inspect.signature(model.forward).parameters
+    accepted = forward_parameters(model)
     extra = {name: value for name, value in wanted.items() if name in accepted}
     with t2k.ExpertBank(model).use(None):
         hidden = model(

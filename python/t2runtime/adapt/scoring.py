@@ -10,7 +10,6 @@ behind it, each seeing itself only: no token is padding, and no row needs a copy
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from t2runtime import invariant
+from t2runtime.generation import forward_parameters
 
 #: Attention that takes a mask.
 MASKED = ("sdpa", "eager", invariant.NAME)
@@ -118,7 +118,7 @@ def sequence_log_probs(
             f"pass 1 needs attention that takes a mask ({', '.join(MASKED)}), the model has "
             f"{attention!r}. Call model.set_attn_implementation('sdpa')."
         )
-    accepted = inspect.signature(model.forward).parameters
+    accepted = forward_parameters(model)
     if "position_ids" not in accepted:
         raise RuntimeError(
             f"pass 1 needs a model that takes position_ids, {type(model).__name__} does not"

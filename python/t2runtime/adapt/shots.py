@@ -5,7 +5,6 @@ which problems are left to be scored.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -14,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2runtime.generation import Completions, complete_ids, forced, token_log_probs, too_wide
+from t2runtime.generation import (
+    Completions,
+    complete_ids,
+    forced,
+    forward_parameters,
+    token_log_probs,
+    too_wide,
+)
 from t2runtime.tasks import Problem
 
 logger = logging.getLogger(__name__)
@@ -143,7 +149,7 @@ def _croppable(model: Any) -> Any:
     """
     from transformers import DynamicCache
 
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if "position_ids" not in forward_parameters(model):
         return None
     try:
         cache = DynamicCache(config=model.config)
