@@ -204,17 +204,12 @@ class Transformer2:
         stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not all(isinstance(word, str) and word for word in stop):
             raise ValueError(f"stop must hold strings that are not empty, got {stop!r}")
-        requests = requests_of(prompts, max_new_tokens)
-        decide = self._decision(strategy, task, len(requests))
-        for request in requests:
-            request.attempt(self._read)
+        requests, first = self._decided(prompts, strategy, task, max_new_tokens)
         start = self._now()
         with self._alone():
-            ran = decide(requests)
-            middle = self._now()
             self._answer(requests, stop, stream)
-        seconds = (middle - start if ran else 0.0, self._now() - middle)
-        return [request.output(*seconds) for request in requests]
+        second = self._now() - start
+        return [request.output(first, second) for request in requests]
 
     def dispatch(
         self,
@@ -226,15 +221,22 @@ class Transformer2:
         """Pass 1 alone: outputs with a mixture and no text, for whoever does something else than
         `generate` with the mixtures. Arguments and errors as there.
         """
-        requests = requests_of(prompts, 1)
+        requests, seconds = self._decided(prompts, strategy, task, 1)
+        return [request.output(seconds, 0.0) for request in requests]
+
+    def _decided(
+        self, prompts: Sequence[Prompt], strategy: Any, task: str | None,
+        max_new_tokens: int | Sequence[int] | None,
+    ) -> tuple[list[Request], float]:  # fmt: skip
+        """Pass 1: the requests with their mixtures, and its seconds (0 where none ran)."""
+        requests = requests_of(prompts, max_new_tokens)
         decide = self._decision(strategy, task, len(requests))
         for request in requests:
             request.attempt(self._read)
         start = self._now()
         with self._alone():
             ran = decide(requests)
-        seconds = self._now() - start if ran else 0.0
-        return [request.output(seconds, 0.0) for request in requests]
+        return requests, self._now() - start if ran else 0.0
 
     def _alone(self) -> AbstractContextManager[None]:
         """In batch-invariant mode the whole model is."""

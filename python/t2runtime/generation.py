@@ -338,9 +338,13 @@ def token_log_probs(model: Any, completions: Completions, temperature: float = 1
     """Log-probabilities (rows, new) in fp32 of the completions' own tokens: as `answer_log_probs`,
     without the vocabulary.
     """
-    logits = answer_logits(model, completions) / temperature
-    nll = F.cross_entropy(logits.flatten(0, 1), completions.new_ids.flatten(), reduction="none")
-    return -nll.view(completions.new_ids.shape)
+    return chosen_log_probs(answer_logits(model, completions) / temperature, completions.new_ids)
+
+
+def chosen_log_probs(logits: Tensor, ids: Tensor) -> Tensor:
+    """log p of the ids (rows, new) by the logits (rows, new, vocabulary) that chose them."""
+    nll = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
+    return -nll.view(ids.shape)
 
 
 def answer_logits(model: Any, completions: Completions) -> Tensor:

@@ -102,6 +102,19 @@ def search_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
+def task_data(args: argparse.Namespace) -> dict[str, Any]:
+    """What `tasks` added about data, as `source` and `sources` take it."""
+    bad = "skip" if args.skip_bad_lines else "error"
+    return {"data": args.data, "extract": args.extract, "on_bad_lines": bad}
+
+
+def at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """ValueError for a count below 1."""
+    for name in names:
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+
+
 def rows(p: argparse.ArgumentParser) -> None:
     """Of commands that answer a batch with a mixture for each request."""
     p.add_argument("--row-order", choices=("batch", "flat"), help="of models that flatten their "

@@ -101,21 +101,9 @@ class TaskMixture:
         Experts of weight 0 everywhere need not be there.
         """
         used = {name for row in self.rows().values() for name, weight in row.items() if weight}
-        for name in self.experts:
-            if name not in used:
-                continue
-            if name not in bank:
-                raise ValueError(
-                    f"the mixture of task {self.task!r} needs expert {name!r}, the bank has "
-                    f"{', '.join(bank.names) or 'none'}. Add it under this name."
-                )
-            found = expert_hash(bank[name])
-            if found != self.experts[name]:
-                raise ValueError(
-                    f"the mixture of task {self.task!r} was found for another expert {name!r} "
-                    f"(hash {self.experts[name]}, the bank's has {found}). Load the expert of "
-                    "then, or search again."
-                )
+        needed = {name: mark for name, mark in self.experts.items() if name in used}
+        whose = f"the mixture of task {self.task!r}"
+        check_experts(bank, needed, whose, made="found", again="search again")
         if self.per_layer:
             missing = [name for name in self.weights if name not in bank.layers]
             if missing:
@@ -130,16 +118,17 @@ class TaskMixture:
         """
         self.check(bank)
         if not self.per_layer:
-            alpha = _row(self.rows()[""], bank)
+            alpha = alpha_row(self.rows()[""], bank)
             return alpha.repeat(len(bank.layers), 1) if per_layer else alpha
         base = torch.zeros(len(bank.names))
         return torch.stack([
-            _row(self.weights[layer], bank) if layer in self.weights else base  # type: ignore[arg-type]
+            alpha_row(self.weights[layer], bank) if layer in self.weights else base  # type: ignore[arg-type]
             for layer in bank.layers
         ])  # fmt: skip
 
 
-def _row(weights: Mapping[str, float], bank: t2k.ExpertBank) -> Tensor:
+def alpha_row(weights: Mapping[str, float], bank: t2k.ExpertBank) -> Tensor:
+    """{expert: weight} as (K,) fp32 over bank.names."""
     return torch.tensor([float(weights.get(name, 0.0)) for name in bank.names])
 
 
@@ -160,6 +149,27 @@ def expert_hash(expert: t2k.Expert) -> str:
 def hashes(bank: t2k.ExpertBank, names: list[str] | None = None) -> dict[str, str]:
     """{expert: hash} of these experts of the bank (default: all)."""
     return {name: expert_hash(bank[name]) for name in (bank.names if names is None else names)}
+
+
+def check_experts(
+    bank: t2k.ExpertBank, experts: Mapping[str, str], whose: str, *, made: str, again: str
+) -> None:
+    """ValueError unless the bank has these experts, {name: hash}, the same by hash.
+
+    For the message: whose experts they are, how that was `made`, what to do `again`.
+    """
+    for name, want in experts.items():
+        if name not in bank:
+            raise ValueError(
+                f"{whose} needs expert {name!r}, the bank has "
+                f"{', '.join(bank.names) or 'none'}. Add it under this name."
+            )
+        found = expert_hash(bank[name])
+        if found != want:
+            raise ValueError(
+                f"{whose} was {made} for another expert {name!r} (hash {want}, the bank's has "
+                f"{found}). Load the expert of then, or {again}."
+            )
 
 
 def mixture_path(folder: str | Path, task: str) -> Path:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import t2kernels as t2k
 from t2kernels.files import load_tensors, save_tensors
 from t2runtime.adapt.fewshot import Space
-from t2runtime.adapt.mixtures import expert_hash, hashes
+from t2runtime.adapt.mixtures import check_experts, hashes
 from t2runtime.adapt.shots import check_shots, log_likelihood, question_mark
 from t2runtime.generation import encode, forward_parameters
 from t2runtime.tasks import Problem, Source
@@ -113,18 +113,9 @@ class Router(nn.Module):
 
     def check(self, bank: t2k.ExpertBank) -> None:
         """ValueError unless the bank has the experts of the router, the same by hash."""
-        for name, want in self.experts.items():
-            if name not in bank:
-                raise ValueError(
-                    f"the router needs expert {name!r}, the bank has "
-                    f"{', '.join(bank.names) or 'none'}. Add it under this name"
-                )
-            found = expert_hash(bank[name])
-            if found != want:
-                raise ValueError(
-                    f"the router was trained for another expert {name!r} (hash {want}, the bank's "
-                    f"has {found}). Load the expert of then, or train the router again"
-                )
+        check_experts(
+            bank, self.experts, "the router", made="trained", again="train the router again"
+        )
 
     def save(self, path: str | Path) -> None:
         """One safetensors file, its JSON header naming the experts and their hashes."""

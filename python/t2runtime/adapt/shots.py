@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from t2runtime.generation import (
     Completions,
+    chosen_log_probs,
     complete_ids,
     forced,
     forward_parameters,
@@ -139,8 +139,7 @@ def answer_and_score(
         position_ids=positions[:, start:-1],
         past_key_values=cache,
     ).logits.float()
-    nll = F.cross_entropy(logits.flatten(0, 1), given.new_ids.flatten(), reduction="none")
-    return made.texts, -(nll.view(given.new_ids.shape) * given.sampled).sum(1)
+    return made.texts, (chosen_log_probs(logits, given.new_ids) * given.sampled).sum(1)
 
 
 def _croppable(model: Any) -> Any:

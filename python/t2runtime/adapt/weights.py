@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import t2kernels as t2k
-from t2runtime.adapt.mixtures import TaskMixture
+from t2runtime.adapt.mixtures import TaskMixture, alpha_row
 
 #: None is the base, a name is that expert at 1, a mapping gives weights, a found mixture its own.
 Mixture = str | Mapping[str, float] | TaskMixture | None
@@ -88,8 +88,6 @@ def routing(
         if isinstance(mixture, TaskMixture):
             rows.append(mixture.alpha(bank, per_layer=True))
         else:
-            weights = parts(mixture)
-            row = torch.tensor([float(weights.get(name, 0.0)) for name in bank.names])
-            rows.append(row.repeat(len(bank.layers), 1))
+            rows.append(alpha_row(parts(mixture), bank).repeat(len(bank.layers), 1))
     alpha = torch.stack(rows)
     return alpha[:1] if bool((alpha == alpha[:1]).all()) else alpha

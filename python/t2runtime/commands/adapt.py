@@ -20,22 +20,15 @@ from t2runtime.adapt.router import Router, RouterConfig, train_router
 from t2runtime.commands.train import targets
 from t2runtime.compare import compare, text_table
 from t2runtime.engine import Transformer2
-from t2runtime.options import search_settings
+from t2runtime.options import at_least_one, search_settings, task_data
 from t2runtime.sources import sources
 from t2runtime.tasks import Source
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Read the data, find and save, then score what was found beside the base."""
-    for option in ("shots", "problems", "limit", "rows"):
-        if getattr(args, option) < 1:
-            raise ValueError(f"--{option} must be at least 1, got {getattr(args, option)}")
-    named = sources(
-        args.task,
-        data=args.data,
-        extract=args.extract,
-        on_bad_lines="skip" if args.skip_bad_lines else "error",
-    )
+    at_least_one(args, "shots", "problems", "limit", "rows")
+    named = sources(args.task, **task_data(args))
     if args.method in ("router", "record"):
         return _learned(args, named)
     if len(named) > 1:

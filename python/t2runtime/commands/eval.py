@@ -22,7 +22,7 @@ from t2runtime.engine import STRATEGIES
 from t2runtime.evaluate import Score, evaluate
 from t2runtime.formats.saved import kind_of, refuse, with_adapter
 from t2runtime.loading import load
-from t2runtime.options import search_settings
+from t2runtime.options import at_least_one, search_settings, task_data
 from t2runtime.sources import sources
 from t2runtime.tasks import Source
 
@@ -39,15 +39,8 @@ _NEEDED_BY = {
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Read the data first, then score the same problems in every way."""
-    for option in ("limit", "rows", "shots"):
-        if getattr(args, option) < 1:
-            raise ValueError(f"--{option} must be at least 1, got {getattr(args, option)}")
-    named = sources(
-        args.task,
-        data=args.data,
-        extract=args.extract,
-        on_bad_lines="skip" if args.skip_bad_lines else "error",
-    )
+    at_least_one(args, "limit", "rows", "shots")
+    named = sources(args.task, **task_data(args))
     if args.strategy or len(named) > 1:
         return _strategies(args, named)
     for option in ("classifier", "mixtures", "router", "record"):

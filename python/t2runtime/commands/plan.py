@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from t2runtime.commands.train import targets
+from t2runtime.options import at_least_one
 from t2runtime.plan import Settings, plan
 from t2runtime.skeleton import local_folder
 
@@ -17,9 +18,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Plan one step of prompts × samples rows; time only by the rate given."""
     if args.tflops is not None and not args.tflops > 0:
         raise ValueError(f"--tflops must be a positive number, got {args.tflops}")
-    for name in ("prompts", "samples"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    at_least_one(args, "prompts", "samples")
     settings = Settings(
         targets(args.targets),
         args.rank,

@@ -17,6 +17,7 @@ import t2kernels as t2k
 from t2runtime.card import write_card
 from t2runtime.evaluate import Score, evaluate
 from t2runtime.loading import load
+from t2runtime.options import task_data
 from t2runtime.sources import source
 from t2runtime.tasks import SPLITS
 from t2runtime.train import RECIPES, SVF, Adapter, Config, Interrupted, Peft, Source, train
@@ -35,12 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     _check_out(out, args.method)
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite loses it: give one of them")
-    problems = source(
-        args.task,
-        data=args.data,
-        extract=args.extract,
-        on_bad_lines="skip" if args.skip_bad_lines else "error",
-    )
+    problems = source(args.task, **task_data(args))
     # Asked for now, so that a file without such lines is refused before anything is trained.
     for split in SPLITS:
         problems(1, split, cfg.seed)
