@@ -56,6 +56,11 @@ class Score:
         return f"{100 * self.accuracy:5.1f} % [{100 * low:5.1f}, {100 * high:5.1f}]"
 
 
+def facts(score: Score) -> dict[str, Any]:
+    """A score as JSON takes it."""
+    return {"accuracy": score.accuracy, "interval": score.interval, "of": score.total}
+
+
 def evaluate(
     model: Any,
     tokenizer: Any,
@@ -64,11 +69,13 @@ def evaluate(
     max_new_tokens: int,
     *,
     rows: int = 256,
+    temperature: float = 0.0,
     chat: str = "auto",
     label: str | None = None,
 ) -> Score:
-    """Greedy accuracy under whatever weights or mixture are in force around the call; `grader` is
-    usually the source of the problems. With a `label` a progress bar shows it, on a terminal.
+    """Accuracy, greedy or of samples at a temperature, under whatever weights or mixture are in
+    force around the call; `grader` is usually the source of the problems. With a `label` a progress
+    bar shows it, on a terminal.
     """
     right = 0
     # disable=None: no bar where stderr is not a terminal.
@@ -78,7 +85,9 @@ def evaluate(
         for start in range(0, len(problems), rows):
             part = problems[start : start + rows]
             prompts = [problem.prompt for problem in part]
-            texts = complete(model, tokenizer, prompts, max_new_tokens, chat=chat).texts
+            texts = complete(
+                model, tokenizer, prompts, max_new_tokens, temperature=temperature, chat=chat
+            ).texts
             right += sum(map(is_right, verdicts_of(grader, part, texts)))
             bar.update(len(part))
     return Score(right, len(problems))

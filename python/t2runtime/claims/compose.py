@@ -25,6 +25,7 @@ from t2runtime.claims import experts
 from t2runtime.claims.claim import Claim
 from t2runtime.claims.units import Context
 from t2runtime.demo.small import NEW_TOKENS, SKILLS
+from t2runtime.evaluate import evaluate
 from t2runtime.evidence.intervals import interval
 from t2runtime.evidence.ledger import Row
 from t2runtime.generation import complete
@@ -103,7 +104,7 @@ def measure_stories(seed: int, context: Context) -> dict[str, Any]:
     for name, use in mixtures(bank, STORY_SETS).items():
         torch.manual_seed(seed)
         with use:
-            texts = _texts(model, tokenizer, prompts, new, temperature=1.0)
+            texts = _told(model, tokenizer, prompts, new)
         share[name] = {
             joined(wanted): 100 * statistics.fmean(_has(text, wanted) for text in texts)
             for wanted in (*((name,) for name in PROPERTIES), *STORY_SETS)
@@ -115,13 +116,11 @@ def _has(text: str, wanted: Iterable[str]) -> bool:
     return all(PROPERTIES[name](text) for name in wanted)
 
 
-def _texts(
-    model: Any, tokenizer: Any, prompts: Sequence[str], new: int, temperature: float = 0.0
-) -> list[str]:
+def _told(model: Any, tokenizer: Any, prompts: Sequence[str], new: int) -> list[str]:
     texts: list[str] = []
     for start in range(0, len(prompts), _ROWS):
         part = prompts[start : start + _ROWS]
-        texts += complete(model, tokenizer, part, new, temperature=temperature).texts
+        texts += complete(model, tokenizer, part, new, temperature=1.0).texts
     return texts
 
 
@@ -157,10 +156,10 @@ def _accuracy(
     """{task: right answers in %} under the mixture in force."""
     found = {}
     for task, problems in asked.items():
-        prompts = [problem.prompt for problem in problems]
-        texts = _texts(model, tokenizer, prompts, NEW_TOKENS, temperature)
-        verdicts = tasks.EXACT.grade(problems, texts)
-        found[task] = 100 * sum(verdicts) / len(verdicts)
+        score = evaluate(
+            model, tokenizer, tasks.EXACT, problems, NEW_TOKENS, rows=_ROWS, temperature=temperature
+        )
+        found[task] = 100 * score.accuracy
     return found
 
 

@@ -19,7 +19,6 @@ import t2kernels as t2k
 from t2runtime import tasks
 from t2runtime.evaluate import Score, evaluate
 from t2runtime.evidence.grid import Run
-from t2runtime.generation import complete
 from t2runtime.loading import load
 from t2runtime.meter import Meter
 from t2runtime.tasks.stories import PREFIX, Stories
@@ -95,14 +94,10 @@ def _adapter(run: Run, model: Any) -> Adapter:
 def _score(model: Any, tokenizer: Any, source: Source, test: list[Any], cfg: Config) -> Score:
     """Greedy answers; stories are sampled."""
     new = cfg.max_new_tokens or source.max_new_tokens
-    if not isinstance(source, Stories):
-        return evaluate(model, tokenizer, source, test, new, rows=cfg.rows_per_rollout)
-    right = 0
-    for first in range(0, len(test), cfg.rows_per_rollout):
-        part = test[first : first + cfg.rows_per_rollout]
-        told = complete(model, tokenizer, [p.prompt for p in part], new, temperature=1.0)
-        right += sum(source.grade(part, told.texts))
-    return Score(right, len(test))
+    return evaluate(
+        model, tokenizer, source, test, new, rows=cfg.rows_per_rollout,
+        temperature=1.0 if isinstance(source, Stories) else 0.0,
+    )  # fmt: skip
 
 
 def main(argv: list[str]) -> int:

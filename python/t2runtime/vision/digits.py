@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 import t2kernels as t2k
-from t2runtime.evaluate import Score
+from t2runtime.evaluate import Score, facts
 from t2runtime.train.adapters import Peft
 
 SIDE, CLASSES = 8, 10
@@ -218,22 +218,22 @@ def measure(digits: Images, settings: Settings) -> dict[str, Any]:
     parts = split(digits, settings.seed)
     model = base(parts["base"], settings)
     row: dict[str, Any] = {"settings": asdict(settings)}
-    row["upright"] = _row(score(model, parts["test"]))
+    row["upright"] = facts(score(model, parts["test"]))
     experts: dict[str, t2k.Expert] = {}
     tests: dict[str, Images] = {}
     for number, domain in enumerate(DOMAINS):
         train, _, tests[domain] = views(parts, domain, number, settings.seed)
-        row[domain] = {"base": _row(score(model, tests[domain]))}
+        row[domain] = {"base": facts(score(model, tests[domain]))}
         for method in METHODS:
             found = adapt(model, method, train, settings, RATES[method])
             row[domain][method] = {
-                **_row(score(found.model, tests[domain])),
+                **facts(score(found.model, tests[domain])),
                 "values": found.values,
             }
             if found.expert is not None:
                 experts[domain] = found.expert
     row["one batch"] = {
-        domain: _row(reached) for domain, reached in together(model, experts, tests).items()
+        domain: facts(reached) for domain, reached in together(model, experts, tests).items()
     }
     return {**row, "processor_seconds": time.process_time() - begin}
 
@@ -260,10 +260,6 @@ def together(
     ):
         found[name] = Score(int((part == images.labels).sum()), len(images))
     return found
-
-
-def _row(reached: Score) -> dict[str, Any]:
-    return {"accuracy": reached.accuracy, "interval": reached.interval, "of": reached.total}
 
 
 def table(row: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 import t2kernels as t2k
 from t2runtime.adapt.fewshot import search
-from t2runtime.evaluate import Score, evaluate
+from t2runtime.evaluate import Score, evaluate, facts
 from t2runtime.tasks import EXACT, Problem, Source
 from t2runtime.train import small_model, train
 from t2runtime.vision.easy_vqa import KINDS, SKILLS, Described, EasyVQA
@@ -110,9 +110,9 @@ def measure(data: EasyVQA, folder: Path, settings: Settings) -> dict[str, Any]:
     setting = Setting(data, folder, settings.recipe)
     tests = {kind: setting.test(kind, settings) for kind in KINDS}
     row: dict[str, Any] = {"seed": settings.seed, "alone": {}, "mixed": {}}
-    row["base"] = {kind: _row(setting.score(None, tests[kind])) for kind in KINDS}
+    row["base"] = {kind: facts(setting.score(None, tests[kind])) for kind in KINDS}
     row["in words"] = {
-        kind: _row(
+        kind: facts(
             evaluate(setting.inside, setting.text_tokenizer, EXACT,
                      Described(kind)(settings.problems, "test", settings.seed), NEW_TOKENS)
         )
@@ -127,7 +127,7 @@ def measure(data: EasyVQA, folder: Path, settings: Settings) -> dict[str, Any]:
             expert = setting.train(way, kind, settings, out)
             setting.bank.add(kind, expert, allow_mismatch=way == "before")
         row["alone"][way] = {
-            skill: {kind: _row(setting.score(skill, tests[kind])) for kind in KINDS}
+            skill: {kind: facts(setting.score(skill, tests[kind])) for kind in KINDS}
             for skill in SKILLS
         }
         row["mixed"][way] = _mixed(setting, everything, settings)
@@ -146,10 +146,10 @@ def _mixed(setting: Setting, problems: Sequence[Problem], settings: Settings) ->
         seed=settings.seed,
     )  # fmt: skip
     return {
-        "base": _row(setting.score(None, problems)),
-        "all at once": _row(setting.score(dict.fromkeys(names, 1.0), problems)),
-        "each its own": _row(setting.score(right, problems)),
-        "few-shot": _row(setting.score(found.mixture, problems)) | {"mixture": found.mixture},
+        "base": facts(setting.score(None, problems)),
+        "all at once": facts(setting.score(dict.fromkeys(names, 1.0), problems)),
+        "each its own": facts(setting.score(right, problems)),
+        "few-shot": facts(setting.score(found.mixture, problems)) | {"mixture": found.mixture},
     }
 
 
@@ -158,10 +158,6 @@ def shots(data: EasyVQA, settings: Settings) -> list[Problem]:
     each = -(-settings.shots // len(KINDS))
     held = [data.source(kind)(each, "validation", settings.seed) for kind in KINDS]
     return [problem for some in zip(*held, strict=True) for problem in some][: settings.shots]
-
-
-def _row(reached: Score) -> dict[str, Any]:
-    return {"accuracy": reached.accuracy, "interval": reached.interval, "of": reached.total}
 
 
 def table(row: Mapping[str, Any]) -> str:
