@@ -173,6 +173,7 @@ def _answering(commands: Any) -> None:
     p = _add(commands, "generate", "answer prompts under a mixture of experts, or in two passes")
     _answer_options(p)
     p.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    p.add_argument("--rows", type=int, metavar="N", help="prompts at once (default: all)")
 
     p = _add(commands, "chat", "talk in the terminal; shows which experts answered each turn")
     _answer_options(p)

@@ -28,9 +28,10 @@ def answer(
     budgets: Sequence[int],
     stop: Sequence[str] = (),
     stream: Stream | None = None,
-) -> list[str]:
-    """The text of each row of token ids: at most `budgets[row]` tokens, without the end token, and
-    up to the first of the `stop` strings.
+) -> list[tuple[str, str | None]]:
+    """(text, None) of each row of token ids: at most `budgets[row]` tokens, without the end token,
+    and up to the first of the `stop` strings; or ("", why there is none), for a row whose logits
+    are not finite under the weights in force. Such a row ends there, the others go on.
 
     `stream` gets pieces that add up to the text; what may turn out to be part of a stop string, or
     of a character, is held back. A tokenizer that takes back what it has decoded in another way
@@ -44,10 +45,23 @@ def answer(
         attention_mask=mask,
         max_new_tokens=max(budgets),
         pad_token_id=pad_token(tokenizer),
+        logits_processor=[watch.look],
         stopping_criteria=[watch],
         **sampling(model, 0.0),
     )
-    return watch.texts(output)
+    texts = watch.texts(output)
+    return [
+        (text, None) if row not in watch.failed else ("", _overflow(watch.failed[row], model.dtype))
+        for row, text in enumerate(texts)
+    ]
+
+
+def _overflow(before: int, dtype: torch.dtype) -> str:
+    return (
+        f"pass 2 gave logits that are not finite after {before} new tokens: the weights of the "
+        f"mixture are so large that the model overflows in {str(dtype).removeprefix('torch.')}, or "
+        "an expert has diverged. Give smaller weights"
+    )
 
 
 @dataclass
@@ -62,12 +76,25 @@ class _Watch:
     stream: Stream | None
     lengths: dict[int, int] = field(default_factory=dict)  # new tokens of the rows that are done
     given: dict[int, str] = field(default_factory=dict)
+    failed: dict[int, int] = field(default_factory=dict)  # new tokens before logits not finite
+
+    def look(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The logits (rows, vocabulary) as they are. A maximum that is not finite is that of NaN,
+        of an overflow, or of no token at all; some tokens may be forbidden (-inf).
+        """
+        bad = ~scores.amax(-1).isfinite()
+        for row in bad.nonzero()[:, 0].tolist():
+            if row not in self.lengths:
+                self.failed.setdefault(row, input_ids.shape[1] - self.width)
+        return scores
 
     def __call__(self, input_ids: Tensor, scores: Any, **more: Any) -> Tensor:
         """(rows,) bool, True where a row is done."""
         new = input_ids.shape[1] - self.width
         last = input_ids[:, -1].tolist()
         for row, budget in enumerate(self.budgets):
+            if row in self.failed:
+                self.lengths.setdefault(row, 0)
             if row in self.lengths:
                 continue
             ended = last[row] in self.ends

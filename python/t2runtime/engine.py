@@ -8,9 +8,9 @@ cache. A request that cannot be answered fails alone, and says why.
 from __future__ import annotations
 
 import dataclasses
-import math
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,32 +19,21 @@ import torch
 
 import t2kernels as t2k
 from t2runtime.adapt.mixtures import load_mixtures
-from t2runtime.adapt.prompt import SMALL, Categories, judge, question_ids
+from t2runtime.adapt.prompt import SMALL, Categories
 from t2runtime.adapt.record import Record
-from t2runtime.adapt.router import Router, hidden_features
-from t2runtime.adapt.weights import Mixture, check_mixture, combined, routing
+from t2runtime.adapt.router import Router
+from t2runtime.adapt.weights import Mixture, check_mixture, routing
+from t2runtime.deciding import STRATEGIES, Decision
 from t2runtime.decoding import Stream, answer
-from t2runtime.generation import (
-    Prompt,
-    context_length,
-    last_user_message,
-    pad_left,
-    pad_token,
-    prompt_ids,
-    uses_template,
-)
+from t2runtime.generation import Prompt, context_length, prompt_ids, uses_template
 from t2runtime.invariant import invariant_model
 from t2runtime.loading import SMALL_NAME, load
-from t2runtime.request import Decide, Output, Request, asked_of, for_all, requests_of
+from t2runtime.request import Output, Request, count, requests_of
 from t2runtime.rows import row_order_of
 
 __all__ = ["STRATEGIES", "Output", "Transformer2"]
 
-#: How the mixture of each request is decided; see `Transformer2.generate`.
-STRATEGIES = ("prompt", "classifier", "mixture", "few-shot", "router", "record")
 NEW_TOKENS = 256
-#: Shares of a "mixture" below this count as nothing.
-_LEAST = 1e-3
 
 
 class Transformer2:
@@ -83,6 +72,8 @@ class Transformer2:
         row_order: str | None = None,
     ) -> None:
         self.model, self.tokenizer, self.bank, self.chat = model, tokenizer, bank, chat
+        # A model has one routing at a time. Reentrant: a stream may ask something of its own.
+        self._lock = threading.RLock()
         self.classifier = classifier
         bank.row_order = row_order or bank.row_order or row_order_of(model)
         uses_template(tokenizer, chat)  # raises for one that is asked for and not there
@@ -175,8 +166,9 @@ class Transformer2:
         stop: str | Sequence[str] | None = (),
         stream: Stream | None = None,
         task: str | None = None,
+        batch_size: int | None = None,
     ) -> list[Output]:
-        """Both passes over one batch, greedily; one output per prompt, in order.
+        """Both passes, greedily; one output per prompt, in order.
 
         Args:
             prompts: texts or chats (lists of {"role", "content"}) of any lengths. Of a chat, pass 1
@@ -193,10 +185,15 @@ class Transformer2:
             max_new_tokens: of each request, or a list with one entry per request; prompt and new
                 tokens must fit into the context. Default: 256, or what the context leaves.
             stop: strings that end an answer and are not part of it.
-            stream: called with (request, piece of text) while pass 2 runs.
+            stream: called with (request, piece of text) while pass 2 runs. Of a request that fails
+                then (logits that are not finite), pieces may have been given before.
+            batch_size: so many prompts at once, in order, both passes of a batch before the next.
+                Default: all at once. An output's seconds are those of its batch.
 
-        In `t2kernels.batch_invariant()` a request's text depends on nothing else in the batch; see
-        `t2runtime.invariant` for what that takes.
+        In `t2kernels.batch_invariant()` a request's text depends on nothing else in the batch, nor
+        on batch_size; see `t2runtime.invariant` for what that takes.
+
+        Threads take turns: a call waits for that of another thread on this engine to end.
 
         Raises ValueError or TypeError for what concerns all requests: an unknown strategy
         or expert, an empty bank. What is wrong with one request is its `error`.
@@ -204,12 +201,15 @@ class Transformer2:
         stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not all(isinstance(word, str) and word for word in stop):
             raise ValueError(f"stop must hold strings that are not empty, got {stop!r}")
-        requests, first = self._decided(prompts, strategy, task, max_new_tokens)
-        start = self._now()
-        with self._alone():
-            self._answer(requests, stop, stream)
-        second = self._now() - start
-        return [request.output(first, second) for request in requests]
+        outputs: list[Output] = []
+        with self._lock:
+            for batch, first in self._decided(prompts, strategy, task, max_new_tokens, batch_size):
+                start = self._now()
+                with self._alone():
+                    self._answer(batch, stop, stream)
+                second = self._now() - start
+                outputs += [request.output(first, second) for request in batch]
+        return outputs
 
     def dispatch(
         self,
@@ -217,86 +217,37 @@ class Transformer2:
         strategy: str | Mapping[str, float] | Sequence[Mixture] | None = "prompt",
         *,
         task: str | None = None,
+        batch_size: int | None = None,
     ) -> list[Output]:
         """Pass 1 alone: outputs with a mixture and no text, for whoever does something else than
         `generate` with the mixtures. Arguments and errors as there.
         """
-        requests, seconds = self._decided(prompts, strategy, task, 1)
-        return [request.output(seconds, 0.0) for request in requests]
+        with self._lock:
+            batches = self._decided(prompts, strategy, task, 1, batch_size)
+            return [one.output(first, 0.0) for batch, first in batches for one in batch]
 
     def _decided(
         self, prompts: Sequence[Prompt], strategy: Any, task: str | None,
-        max_new_tokens: int | Sequence[int] | None,
-    ) -> tuple[list[Request], float]:  # fmt: skip
-        """Pass 1: the requests with their mixtures, and its seconds (0 where none ran)."""
+        max_new_tokens: int | Sequence[int] | None, batch_size: int | None,
+    ) -> Iterator[tuple[list[Request], float]]:  # fmt: skip
+        """Batch by batch: its requests with their mixtures, and the seconds of its pass 1 (0 where
+        none ran).
+        """
         requests = requests_of(prompts, max_new_tokens)
-        decide = self._decision(strategy, task, len(requests))
-        for request in requests:
-            request.attempt(self._read)
-        start = self._now()
-        with self._alone():
-            ran = decide(requests)
-        return requests, self._now() - start if ran else 0.0
+        size = len(requests) if batch_size is None else count("batch_size", batch_size)
+        decide = Decision(self, strategy, task, requests).decide
+        for begin in range(0, len(requests), size or 1):
+            batch = requests[begin : begin + size]
+            for request in batch:
+                request.attempt(self._read)
+            start = self._now()
+            with self._alone():
+                ran = decide(batch)
+            yield batch, self._now() - start if ran else 0.0
 
     def _alone(self) -> AbstractContextManager[None]:
         """In batch-invariant mode the whole model is."""
         return invariant_model(self.model) if t2k.is_batch_invariant() else nullcontext()
-
-    def _decision(self, strategy: Any, task: str | None, count: int) -> Decide:
-        """What gives every request its mixture and says whether it took a pass; raises for what
-        concerns all of them.
-        """
-        if isinstance(strategy, str) and strategy in STRATEGIES:
-            if strategy == "few-shot":
-                return for_all(self._found(task))
-            if strategy == "classifier" and self.classifier is None:
-                raise ValueError(
-                    "strategy 'classifier' needs a classification expert: Transformer2(..., "
-                    "classifier=name) names one of the bank"
-                )
-            if strategy in ("router", "record"):
-                made = self.router if strategy == "router" else self.record
-                if made is None:
-                    raise ValueError(
-                        f"strategy {strategy!r} needs one: Transformer2(..., {strategy}=FILE) "
-                        f"loads what `t2 adapt --method {strategy}` wrote"
-                    )
-                made.check(self.bank)
-            if strategy == "router":
-                return self._routed
-            categories = self.categories
-            return lambda requests: self._pass1(requests, categories, str(strategy))
-        if strategy is None or isinstance(strategy, (str, Mapping)):
-            if isinstance(strategy, str) and strategy not in self.bank:
-                known = ", ".join((*STRATEGIES, *self.bank.names))
-                raise ValueError(f"strategy must be one of {known}, or a mixture; got {strategy!r}")
-            check_mixture(self.bank, strategy, "strategy")
-            return for_all(strategy)
-        if not isinstance(strategy, Sequence) or len(strategy) != count:
-            got = f"{len(strategy)} entries" if isinstance(strategy, Sequence) else repr(strategy)
-            raise ValueError(
-                f"strategy must be a name, a {{name: weight}}, None, or a list with one of these "
-                f"for each of {count} prompts; got {got}"
-            )
-        given = list(strategy)
-
-        def each(requests: list[Request]) -> bool:
-            for mixture, request in zip(given, requests, strict=True):
-                request.mixture = mixture
-                request.attempt(lambda one: check_mixture(self.bank, one.mixture, "the mixture"))
-            return False
-
-        return each
-
-    def _found(self, task: str | None) -> Mixture:
-        """The mixture that was found for a task."""
-        if task is None or task not in self.mixtures:
-            raise ValueError(
-                "strategy 'few-shot' needs task=, one of the tasks that a mixture was found for "
-                f"({', '.join(self.mixtures) or 'none: pass mixtures=folder'}), got {task!r}"
-            )
-        check_mixture(self.bank, self.mixtures[task], f"task {task!r}")
-        return self.mixtures[task]
 
     def _read(self, request: Request) -> None:
         """Token ids of the request, and how many new ones it may have."""
@@ -313,76 +264,22 @@ class Transformer2:
                 "prompt or lower max_new_tokens"
             )
 
-    def _pass1(self, requests: list[Request], categories: Categories, strategy: str) -> bool:
-        """Names the category of every request, with probabilities, and what it means."""
-        reply = max(map(len, categories.replies(self.tokenizer, self.chat)))
-
-        def question(one: Request) -> list[int]:
-            return question_ids(self.model, self.tokenizer, categories, one.prompt, self.chat,
-                                reply=reply)  # fmt: skip
-
-        sound, asked = asked_of(requests, question)
-        if sound:
-            invariant = t2k.is_batch_invariant()
-            sorter = self.classifier if strategy in ("classifier", "record") else None
-            with self.bank.use(sorter):
-                verdicts = judge(self.model, self.tokenizer, categories, asked, self.chat,
-                                 share_prefix=not invariant)  # fmt: skip
-            for request, verdict in zip(sound, verdicts, strict=True):
-                request.verdict = verdict
-                request.attempt(lambda one: self._mean(one, strategy))
-        return True
-
-    def _mean(self, request: Request, strategy: str) -> None:
-        """The mixture that the verdict on a request stands for."""
-        verdict = request.verdict
-        if verdict is None or not all(map(math.isfinite, verdict.probabilities.values())):
-            raise ValueError(
-                "pass 1 gave probabilities that are not finite: the weights in force overflow, or "
-                "the classification expert has diverged"
-            )
-        if strategy == "record" and self.record is not None:
-            other = verdict.category == self.categories.other
-            request.mixture = None if other else self.record.choose(verdict.category)
-        elif strategy == "mixture":
-            shares = {k: v for k, v in verdict.probabilities.items() if v >= _LEAST}
-            request.mixture = combined(shares, self.mixture_of)
-        else:
-            request.mixture = self.mixture_of(verdict.category)
-        check_mixture(self.bank, request.mixture, f"category {verdict.category!r}")
-
-    def _routed(self, requests: list[Request]) -> bool:
-        """The mixture of every request by the router network, from the question alone."""
-
-        def question(one: Request) -> list[int]:
-            return prompt_ids(self.tokenizer, last_user_message(one.prompt), self.chat)
-
-        sound, asked = asked_of(requests, question)
-        if sound and self.router is not None:
-            ids, mask = pad_left(asked, pad_token(self.tokenizer), self.model.device)
-            alpha = self.router.weights(hidden_features(self.model, ids, mask))
-            for request, row in zip(sound, alpha.tolist(), strict=True):
-                request.mixture = dict(zip(self.router.names, row, strict=True))
-                request.attempt(lambda one: check_mixture(self.bank, one.mixture, "the router"))
-        return True
-
     def _answer(self, requests: list[Request], stop: Sequence[str], stream: Stream | None) -> None:
         """Pass 2 over the requests that are sound."""
-        places = [index for index, one in enumerate(requests) if one.error is None]
-        sound = [requests[index] for index in places]
+        sound = [one for one in requests if one.error is None]
         if not sound:
             return
         passed_on: Stream | None = None
         if stream is not None:
             said = stream
-            passed_on = lambda row, piece: said(places[row], piece)  # noqa: E731
+            passed_on = lambda row, piece: said(sound[row].index, piece)  # noqa: E731
         with self.bank.use(routing(self.bank, [one.mixture for one in sound])):
-            texts = answer(
+            answers = answer(
                 self.model, self.tokenizer, [one.ids for one in sound],
                 [one.budget for one in sound], stop, passed_on,
             )  # fmt: skip
-        for request, text in zip(sound, texts, strict=True):
-            request.text = text
+        for request, (text, error) in zip(sound, answers, strict=True):
+            request.text, request.error = text, error
 
     def _now(self) -> float:
         """The clock, after the GPU has finished what it was given."""

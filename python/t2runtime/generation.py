@@ -230,7 +230,10 @@ _UNBENT = {
     "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
 }  # fmt: skip
 #: One answer a row, as a tensor of ids, whatever the model's own settings ask for.
-_PLAIN = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+_PLAIN = {
+    "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False,
+    "remove_invalid_values": False,
+}  # fmt: skip
 
 
 def sampling(model: Any, temperature: float) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from t2runtime.adapt.prompt import Verdict
 from t2runtime.adapt.weights import Mixture
@@ -12,8 +15,8 @@ from t2runtime.generation import Prompt
 
 @dataclass(frozen=True)
 class Output:
-    """One answer. The seconds are those of the whole batch's pass, which all its requests waited
-    for.
+    """One answer. The seconds are those of a pass over the whole batch that the request was in,
+    which all its requests waited for.
 
     mixture: what pass 2 used. category, probabilities: what pass 1 said; None where it named no
     category. error: None, or why this request has no answer; its text is then empty.
@@ -33,6 +36,7 @@ class Request:
     """What becomes of one prompt on its way."""
 
     prompt: Prompt
+    index: int = 0  # in the call
     most: int | None = None  # new tokens asked for
     ids: list[int] = field(default_factory=list)
     budget: int = 0
@@ -49,6 +53,10 @@ class Request:
         return Output(self.text, mixture, category, probabilities,
                       pass1_seconds, pass2_seconds, self.error)  # fmt: skip
 
+    def limit(self, most: Any) -> None:
+        """At most so many new tokens."""
+        self.most = count("max_new_tokens", most)
+
     def attempt(self, step: Callable[[Request], None]) -> None:
         """Do a step unless an earlier one failed; what is wrong with this request stays with it."""
         if self.error is None:
@@ -63,24 +71,38 @@ def requests_of(
 ) -> list[Request]:
     """One request a prompt; ValueError or TypeError for what concerns all of them.
 
-    max_new_tokens: one number for all, one for each, or None: what the engine gives.
+    max_new_tokens: one number for all, one for each, or None: what the engine gives. A bad entry of
+    a list is the error of its request.
     """
     if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Sequence):
         raise TypeError(
             "prompts must be a list of texts and chats, got "
             f"{type(prompts).__name__}. Wrap a single prompt: [prompt]"
         )
-    each = isinstance(max_new_tokens, (list, tuple))
-    most = list(max_new_tokens) if each else [max_new_tokens] * len(prompts)  # type: ignore[arg-type]
-    if len(most) != len(prompts):
-        raise ValueError(
-            f"max_new_tokens must be one number, or one for each of {len(prompts)} prompts; got "
-            f"{len(most)}"
-        )
-    for number in most if each else [max_new_tokens]:
-        if number is not None and number < 1:  # type: ignore[operator]
-            raise ValueError(f"max_new_tokens must be at least 1, got {number}")
-    return [Request(prompt, number) for prompt, number in zip(prompts, most, strict=True)]  # type: ignore[arg-type]
+    each: Sequence[Any] = [max_new_tokens] * len(prompts)
+    if isinstance(max_new_tokens, Sequence) and not isinstance(max_new_tokens, (str, bytes)):
+        each = max_new_tokens
+        if len(each) != len(prompts):
+            raise ValueError(
+                f"max_new_tokens must be one number, or one for each of {len(prompts)} prompts; "
+                f"got {len(each)}"
+            )
+    elif max_new_tokens is not None:
+        count("max_new_tokens", max_new_tokens)
+    requests = [Request(prompt, index) for index, prompt in enumerate(prompts)]
+    for request, given in zip(requests, each, strict=True):
+        if given is not None:
+            request.attempt(partial(Request.limit, most=given))
+    return requests
+
+
+def count(name: str, value: Any) -> int:
+    """A number of at least 1; TypeError or ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an int of at least 1, got {value!r:.80}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
 
 
 def asked_of(
@@ -91,18 +113,3 @@ def asked_of(
     for request in requests:
         request.attempt(lambda one: asked.append(question(one)))
     return [request for request in requests if request.error is None], asked
-
-
-#: Gives every request its mixture, and says whether that took a pass.
-Decide = Callable[[list[Request]], bool]
-
-
-def for_all(mixture: Mixture) -> Decide:
-    """One mixture for every request, decided before; no pass."""
-
-    def decide(requests: list[Request]) -> bool:
-        for request in requests:
-            request.mixture = mixture
-        return False
-
-    return decide

@@ -55,6 +55,7 @@ def test_typos_are_answered(
         (("chat", "small", "--strategy", "few-shot", "--expert", "f"), "--mixtures FOLDER"),
         (("generate", "small"), "--prompt must be given"),
         (("generate", "small", "--prompt", "x", "--max-new-tokens", "0"), "at least 1, got 0"),
+        (("generate", "small", "--prompt", "x", "--rows", "0"), "--rows must be at least 1"),
         (("generate", "small", "--prompt", "x", "--max-new-tokens", "-3"), "at least 1, got -3"),
         (("generate", "small", "--prompt", "x", "--expert", "f=big"), "FILE=WEIGHT"),
         (("train", "small", "--task", "add", "--out", "x.pt"), ".safetensors"),
@@ -175,6 +176,7 @@ def test_generate_says_which_request_failed(capsys: pytest.CaptureFixture[str], 
     code, out, err = call(capsys, *words)
     assert code == 1 and not err
     assert "error: the prompt has 71 tokens" in out and "[base] 1+1=\n" in out
+    assert call(capsys, *words, "--rows", "1") == (code, out, err)
 
 
 def test_what_decompose_did(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

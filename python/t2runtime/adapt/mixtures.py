@@ -7,8 +7,8 @@ same name.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Mapping
+import numbers
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import t2kernels as t2k
 from t2kernels.files import check_name, read_json, write_json
 
 KIND, VERSION = "mixture", 1
+_LARGEST = torch.finfo(torch.float32).max
 
 #: {expert: weight}, or {layer: {expert: weight}}.
 Weights = Mapping[str, float] | Mapping[str, Mapping[str, float]]
@@ -66,11 +67,10 @@ class TaskMixture:
                         f"weights{where} name expert {name!r}, the search had "
                         f"{', '.join(self.experts)}"
                     )
-                number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-                if not number or not math.isfinite(weight):
+                if not is_weight(weight):
                     raise ValueError(
-                        f"weights{where}: the weight of {name!r} must be a finite number, "
-                        f"got {weight!r}"
+                        f"weights{where}: the weight of {name!r} must be a finite number, got "
+                        f"{weight!r} (fp32 holds up to {_LARGEST:.1e})"
                     )
 
     @property
@@ -95,15 +95,16 @@ class TaskMixture:
             return {f"[{k!r}]": v for k, v in self.weights.items()}  # type: ignore[misc]
         return {"": self.weights}  # type: ignore[dict-item]
 
-    def check(self, bank: t2k.ExpertBank) -> None:
+    def check(self, bank: t2k.ExpertBank, hashed: Hashes | None = None) -> None:
         """Raise ValueError unless the bank has these experts, the same by hash, and these layers.
 
-        Experts of weight 0 everywhere need not be there.
+        Experts of weight 0 everywhere need not be there. hashed: what many checks of one call
+        share, so that an expert's values are hashed once for all of them.
         """
         used = {name for row in self.rows().values() for name, weight in row.items() if weight}
         needed = {name: mark for name, mark in self.experts.items() if name in used}
         whose = f"the mixture of task {self.task!r}"
-        check_experts(bank, needed, whose, made="found", again="search again")
+        check_experts(hashed or Hashes(bank), needed, whose, made="found", again="search again")
         if self.per_layer:
             missing = [name for name in self.weights if name not in bank.layers]
             if missing:
@@ -117,6 +118,10 @@ class TaskMixture:
         `per_layer`, says so. fp32; layers without weights are the base. Checks first.
         """
         self.check(bank)
+        return self.checked_alpha(bank, per_layer=per_layer)
+
+    def checked_alpha(self, bank: t2k.ExpertBank, *, per_layer: bool = False) -> Tensor:
+        """As `alpha`, for whoever has called `check`: hashing experts takes longer than this."""
         if not self.per_layer:
             alpha = alpha_row(self.rows()[""], bank)
             return alpha.repeat(len(bank.layers), 1) if per_layer else alpha
@@ -127,8 +132,21 @@ class TaskMixture:
         ])  # fmt: skip
 
 
+def is_weight(value: Any) -> bool:
+    """Whether it is a number that a mixture can have: finite, also as fp32.
+
+    >>> [is_weight(value) for value in (0.5, -2, True, "1", float("nan"), 1e39)]
+    [True, True, False, False, False, False]
+    """
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return number and bool(abs(value) <= _LARGEST)
+
+
 def alpha_row(weights: Mapping[str, float], bank: t2k.ExpertBank) -> Tensor:
-    """{expert: weight} as (K,) fp32 over bank.names."""
+    """{expert: weight} as (K,) fp32 over bank.names; ValueError for an expert that is not there."""
+    absent = [name for name, weight in weights.items() if weight and name not in bank]
+    if absent:
+        raise ValueError(f"{_quoted('expert', absent)} left the bank after the mixture was checked")
     return torch.tensor([float(weights.get(name, 0.0)) for name in bank.names])
 
 
@@ -151,25 +169,56 @@ def hashes(bank: t2k.ExpertBank, names: list[str] | None = None) -> dict[str, st
     return {name: expert_hash(bank[name]) for name in (bank.names if names is None else names)}
 
 
+class Hashes:
+    """The hashes of a bank's experts, each computed when it is first asked for.
+
+    One is made for a call and shared by all checks of it. It holds the experts that it has looked
+    at: where the bank has another of the same name by now, that one is hashed anew.
+    """
+
+    def __init__(self, bank: t2k.ExpertBank) -> None:
+        self.bank = bank
+        self._known: dict[str, tuple[t2k.Expert, str]] = {}
+
+    def __getitem__(self, name: str) -> str:
+        expert = self.bank[name]
+        if name not in self._known or self._known[name][0] is not expert:
+            self._known[name] = (expert, expert_hash(expert))
+        return self._known[name][1]
+
+
 def check_experts(
-    bank: t2k.ExpertBank, experts: Mapping[str, str], whose: str, *, made: str, again: str
+    hashed: Hashes, experts: Mapping[str, str], whose: str, *, made: str, again: str
 ) -> None:
-    """ValueError unless the bank has these experts, {name: hash}, the same by hash.
+    """ValueError, naming all that are not, unless the bank has these experts, {name: hash}, the
+    same by hash.
 
     For the message: whose experts they are, how that was `made`, what to do `again`.
     """
-    for name, want in experts.items():
-        if name not in bank:
-            raise ValueError(
-                f"{whose} needs expert {name!r}, the bank has "
-                f"{', '.join(bank.names) or 'none'}. Add it under this name."
-            )
-        found = expert_hash(bank[name])
-        if found != want:
-            raise ValueError(
-                f"{whose} was {made} for another expert {name!r} (hash {want}, the bank's has "
-                f"{found}). Load the expert of then, or {again}."
-            )
+    there = hashed.bank
+    missing = [name for name in experts if name not in there]
+    if missing:
+        raise ValueError(
+            f"{whose} needs {_quoted('expert', missing)}, the bank has "
+            f"{', '.join(there.names) or 'none'}. Add what is missing under this name."
+        )
+    wrong = [name for name, mark in experts.items() if hashed[name] != mark]
+    if wrong:
+        marks = ", ".join(f"{name!r} {experts[name]}, the bank's {hashed[name]}" for name in wrong)
+        raise ValueError(
+            f"{whose} was {made} for {_quoted('another expert', wrong, 'other experts')} (hash of "
+            f"{marks}). Load what it was {made} for, or {again}."
+        )
+
+
+def _quoted(one: str, names: Sequence[str], several: str | None = None) -> str:
+    """Names as an error says them.
+
+    >>> _quoted("expert", ["a"]), _quoted("expert", ["a", "b"])
+    ("expert 'a'", "experts 'a', 'b'")
+    """
+    word = one if len(names) == 1 else several or f"{one}s"
+    return f"{word} {', '.join(map(repr, names))}"
 
 
 def mixture_path(folder: str | Path, task: str) -> Path:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import t2kernels as t2k
 from t2kernels.files import read_json, write_json
-from t2runtime.adapt.mixtures import hashes
+from t2runtime.adapt.mixtures import Hashes, check_experts, hashes
 from t2runtime.evaluate import evaluate
 from t2runtime.tasks import Grader, Problem, Source
 
@@ -94,21 +94,12 @@ class Record:
         best = max([BASE, *self.experts], key=value)
         return None if best == BASE else best
 
-    def check(self, bank: t2k.ExpertBank) -> None:
+    def check(self, bank: t2k.ExpertBank, hashed: Hashes | None = None) -> None:
         """ValueError unless the bank has the experts of the record, the same by hash."""
-        missing = [name for name in self.experts if name not in bank]
-        if missing:
-            raise ValueError(
-                f"the record needs experts {', '.join(missing)}, the bank has "
-                f"{', '.join(bank.names) or 'none'}. Add them under these names"
-            )
-        there = hashes(bank, list(self.experts))
-        wrong = [name for name, mark in self.experts.items() if there[name] != mark]
-        if wrong:
-            raise ValueError(
-                f"this is a record of other experts than the bank's: {', '.join(wrong)}. "
-                "Load the experts of then, or make the record again"
-            )
+        check_experts(
+            hashed or Hashes(bank), self.experts, "the record", made="made",
+            again="make the record again",
+        )  # fmt: skip
 
     @property
     def used(self) -> tuple[int, int]:

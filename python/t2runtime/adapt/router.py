@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import t2kernels as t2k
 from t2kernels.files import load_tensors, save_tensors
 from t2runtime.adapt.fewshot import Space
-from t2runtime.adapt.mixtures import check_experts, hashes
+from t2runtime.adapt.mixtures import Hashes, check_experts, hashes
 from t2runtime.adapt.shots import check_shots, log_likelihood, question_mark
 from t2runtime.generation import encode, forward_parameters
 from t2runtime.tasks import Problem, Source
@@ -111,11 +111,12 @@ class Router(nn.Module):
         self.check(bank)
         return Space(bank, tuple(self.names)).alpha(found)
 
-    def check(self, bank: t2k.ExpertBank) -> None:
+    def check(self, bank: t2k.ExpertBank, hashed: Hashes | None = None) -> None:
         """ValueError unless the bank has the experts of the router, the same by hash."""
         check_experts(
-            bank, self.experts, "the router", made="trained", again="train the router again"
-        )
+            hashed or Hashes(bank), self.experts, "the router", made="trained",
+            again="train the router again",
+        )  # fmt: skip
 
     def save(self, path: str | Path) -> None:
         """One safetensors file, its JSON header naming the experts and their hashes."""

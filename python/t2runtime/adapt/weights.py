@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 import t2kernels as t2k
-from t2runtime.adapt.mixtures import TaskMixture, alpha_row
+from t2runtime.adapt.mixtures import Hashes, TaskMixture, alpha_row, is_weight
 
 #: None is the base, a name is that expert at 1, a mapping gives weights, a found mixture its own.
 Mixture = str | Mapping[str, float] | TaskMixture | None
 
 
-def check_mixture(bank: t2k.ExpertBank, mixture: Mixture, what: str) -> None:
+def check_mixture(
+    bank: t2k.ExpertBank, mixture: Mixture, what: str, hashed: Hashes | None = None
+) -> None:
     """Raise unless the bank can mix it: experts that it has, weights that are finite numbers.
 
-    `what` says in the message whose mixture it is.
+    `what` says in the message whose mixture it is. hashed: as for `TaskMixture.check`.
     """
     if isinstance(mixture, TaskMixture):
-        mixture.check(bank)
+        mixture.check(bank, hashed)
         return
     if mixture is not None and not isinstance(mixture, (str, Mapping)):
         raise TypeError(
@@ -35,10 +35,10 @@ def check_mixture(bank: t2k.ExpertBank, mixture: Mixture, what: str) -> None:
                 f"{what} needs expert {name!r}, the bank has {', '.join(bank.names) or 'none'}. "
                 "Add it, or say mixtures={category: None} for a category that the base answers"
             )
-        number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
-        if not number or not math.isfinite(weight):
+        if not is_weight(weight):
             raise ValueError(
-                f"{what}: the weight of {name!r} must be a finite number, got {weight!r}"
+                f"{what}: the weight of {name!r} must be a finite number, got {weight!r} "
+                "(fp32 holds up to 3.4e+38)"
             )
 
 
@@ -79,6 +79,8 @@ def routing(
     """What `bank.use` takes for these requests: a list, or alpha (B, L, K) fp32 where one of them
     has weights per layer. Where all are equal it is one mixture, or B = 1: no row need be told from
     another, whatever the model makes of its batch.
+
+    mixtures: as `check_mixture` has passed them; experts are not hashed again.
     """
     if not any(isinstance(m, TaskMixture) and m.per_layer for m in mixtures):
         each = [parts(mixture) for mixture in mixtures]
@@ -86,7 +88,7 @@ def routing(
     rows = []
     for mixture in mixtures:
         if isinstance(mixture, TaskMixture):
-            rows.append(mixture.alpha(bank, per_layer=True))
+            rows.append(mixture.checked_alpha(bank, per_layer=True))
         else:
             rows.append(alpha_row(parts(mixture), bank).repeat(len(bank.layers), 1))
     alpha = torch.stack(rows)

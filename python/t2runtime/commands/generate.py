@@ -13,6 +13,7 @@ import t2kernels as t2k
 from t2runtime.adapt.weights import Mixture
 from t2runtime.commands.train import targets
 from t2runtime.engine import Transformer2
+from t2runtime.options import at_least_one
 
 #: The mixture that the weights of --expert say, and no pass 1.
 FIXED = "fixed"
@@ -105,13 +106,16 @@ def loaded(
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Load, convert, fill the bank, answer all prompts as one batch."""
+    """Load, convert, fill the bank, answer all prompts."""
     if not args.prompt:
         raise ValueError("--prompt must be given at least once")
+    if args.rows is not None:
+        at_least_one(args, "rows")
     t2, strategy = engine(args)
     outputs = t2.generate(
-        args.prompt, strategy, max_new_tokens=args.max_new_tokens, stop=args.stop, task=args.task
-    )
+        args.prompt, strategy, max_new_tokens=args.max_new_tokens, stop=args.stop, task=args.task,
+        batch_size=args.rows,
+    )  # fmt: skip
     rows = [
         {"prompt": prompt, **dataclasses.asdict(output)}
         for prompt, output in zip(args.prompt, outputs, strict=True)

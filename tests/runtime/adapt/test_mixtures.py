@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import t2kernels as t2k
+from t2runtime.adapt import mixtures as mixtures_module
 from t2runtime.adapt.mixtures import (
+    Hashes,
     TaskMixture,
     hashes,
     load_mixture,
@@ -63,6 +65,36 @@ def test_other_experts_are_refused(bank: t2k.ExpertBank) -> None:
     bank.remove("a")
     with pytest.raises(ValueError, match="needs expert 'a', the bank has none"):
         mixture.alpha(bank)
+    with pytest.raises(ValueError, match="expert 'a' left the bank after the mixture was checked"):
+        mixture.checked_alpha(bank)
+
+
+def test_all_that_differ_are_named_at_once(bank: t2k.ExpertBank) -> None:
+    mixture = TaskMixture("sums", {"a": 1.0, "b": 1.0}, hashes(bank))
+    for name in ("a", "b"):
+        bank.add(name, bank[name] * 1.01, overwrite=True)
+    with pytest.raises(ValueError, match="found for other experts 'a', 'b' .hash of 'a' "):
+        mixture.check(bank)
+    for name in ("a", "b"):
+        bank.remove(name)
+    with pytest.raises(ValueError, match="needs experts 'a', 'b', the bank has none"):
+        mixture.check(bank)
+
+
+def test_an_expert_is_hashed_once_and_again_when_it_is_replaced(
+    bank: t2k.ExpertBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixture = TaskMixture("sums", {"a": 1.0, "b": 1.0}, hashes(bank))
+    made: list[t2k.Expert] = []
+    whole = mixtures_module.expert_hash
+    monkeypatch.setattr(mixtures_module, "expert_hash", lambda e: made.append(e) or whole(e))
+    hashed = Hashes(bank)
+    for _ in range(3):
+        mixture.check(bank, hashed)
+    assert made == [bank["a"], bank["b"]]
+    bank.add("a", bank["a"] * 1.01, overwrite=True)
+    with pytest.raises(ValueError, match="found for another expert 'a'"):
+        mixture.check(bank, hashed)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +104,7 @@ def test_other_experts_are_refused(bank: t2k.ExpertBank) -> None:
         ({"a": float("nan")}, "finite number, got nan"),
         ({"a": "1"}, "finite number, got '1'"),
         ({"a": True}, "finite number, got True"),
+        ({"a": -1e39}, "finite number, got -1e[+]39 .fp32 holds up to 3.4e[+]38"),
         ({"a": 1.0, "up": {"a": 1.0}}, "not both"),
         ([1.0], "must be a mapping"),
     ],

@@ -54,7 +54,7 @@ def test_measured_saved_and_tied_to_its_experts(
     record.save(path)
     assert Record.load(path, bank) == record
     bank.add("a", bank["b"], overwrite=True)
-    with pytest.raises(ValueError, match="record of other experts than the bank's: a"):
+    with pytest.raises(ValueError, match="the record was made for another expert 'a'"):
         Record.load(path, bank)
     text = path.read_text()
     path.write_text(text[:-30])
