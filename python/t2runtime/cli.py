@@ -108,6 +108,9 @@ def _train(commands: Any) -> None:
     p.add_argument("--extract", choices=EXTRACTORS, help="read answers in another way")
     p.add_argument("--skip-bad-lines", action="store_true", help="leave out broken data lines")
     p.add_argument("--out", required=True, help="expert to write (.safetensors; else a folder)")
+    options.describing(p)
+    p.add_argument("--description", metavar="TEXT", help="of the expert, in a few words: what pass "
+                   "1 is told of it (default: the task's name)")  # fmt: skip
     p.add_argument("--method", choices=("svf", "lora", "dora", "ia3"), default="svf")
     p.add_argument("--lora-rank", type=int, default=16, help="of lora and dora")
     p.add_argument("--layers", metavar="0-3,8", help="train in these blocks only")
@@ -158,8 +161,10 @@ def _classify(commands: Any) -> None:
     _model_options(p)
     p.add_argument("--task", required=True, help="category, category:a+b, or a file of labels")
     p.add_argument("--data", metavar="PATH", help="file or folder of the task's data")
+    options.describing(p)
     p.add_argument("--classifier", action="append", default=[], metavar="FILE",
-                   help="expert under which pass 1 runs; the base is always reported")  # fmt: skip
+                   help="expert under which pass 1 runs, asked as it was trained to be; the base "
+                   "is always reported")  # fmt: skip
     p.add_argument("--split", choices=("test", "validation"), default="test")
     p.add_argument("--limit", type=int, default=600, help="at most so many questions")
     p.add_argument("--rows", type=int, default=64, help="questions asked at once")

@@ -83,7 +83,7 @@ class Decision:
             if isinstance(made, Router):
                 router = made
                 return lambda batch: self._routed(batch, router)
-        categories = t2.categories
+        categories = t2.categories_of(strategy, self._hashed)
         return lambda batch: self._pass1(batch, categories, strategy)
 
     def _found(self, task: str | None) -> Mixture:
@@ -108,8 +108,7 @@ class Decision:
         sound, asked = asked_of(requests, question)
         if sound:
             invariant = t2k.is_batch_invariant()
-            sorter = self.t2.classifier if strategy in ("classifier", "record") else None
-            with self.t2.bank.use(sorter):
+            with self.t2.bank.use(self.t2.sorter(strategy)):
                 verdicts = judge(model, tokenizer, categories, asked, chat,
                                  share_prefix=not invariant)  # fmt: skip
             for request, verdict in zip(sound, verdicts, strict=True):
@@ -132,7 +131,7 @@ class Decision:
             shares = {k: v for k, v in verdict.probabilities.items() if v >= _LEAST}
             request.mixture = combined(shares, self.t2.mixture_of)
         else:
-            request.mixture = self.t2.mixture_of(verdict.category)
+            request.mixture = self.t2.mixture_of(verdict.category, categories)
         self._check(request.mixture, f"category {verdict.category!r}")
 
     def _routed(self, requests: list[Request], router: Router) -> bool:

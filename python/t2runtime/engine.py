@@ -7,7 +7,6 @@ cache. A request that cannot be answered fails alone, and says why.
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +17,9 @@ from typing import Any
 import torch
 
 import t2kernels as t2k
-from t2runtime.adapt.mixtures import load_mixtures
-from t2runtime.adapt.prompt import SMALL, Categories
+from t2runtime.adapt.asking import bank_categories, servable
+from t2runtime.adapt.mixtures import Hashes, load_mixtures
+from t2runtime.adapt.prompt import Categories
 from t2runtime.adapt.record import Record
 from t2runtime.adapt.router import Router
 from t2runtime.adapt.weights import Mixture, check_mixture, routing
@@ -27,7 +27,7 @@ from t2runtime.deciding import STRATEGIES, Decision
 from t2runtime.decoding import Stream, answer
 from t2runtime.generation import Prompt, context_length, prompt_ids, uses_template
 from t2runtime.invariant import invariant_model
-from t2runtime.loading import SMALL_NAME, load
+from t2runtime.loading import load
 from t2runtime.request import Output, Request, count, requests_of
 from t2runtime.rows import row_order_of
 
@@ -42,9 +42,11 @@ class Transformer2:
     Args:
         model, tokenizer: a causal model of transformers, converted (`t2kernels.convert`).
         bank: its `t2kernels.ExpertBank`; experts may be added at any time.
-        categories: what pass 1 may name. Default: the experts of the bank except the classifier,
-            with their descriptions. "other" is always there and always means the base.
-        classifier: the bank's expert under which pass 1 runs with strategy "classifier".
+        categories: what pass 1 may name. Default: the experts of the bank except classification
+            experts, with their descriptions. "other" is always there and always means the base.
+        classifier: the bank's expert under which pass 1 runs with strategy "classifier". It is
+            asked as it was trained to be, which its file says (`adapt.asking`); other `categories`
+            besides are refused. One whose file does not say it is asked like the base.
         mixtures: {category or task: mixture}, or a folder of found mixtures; a category that it
             does not name stands for the expert of that name.
         router, record: a `Router` and a `Record` of past performance, or the files that hold them,
@@ -54,7 +56,8 @@ class Transformer2:
             `ExpertBank.use`), kept as the bank's own. Default: the bank's, or what is known of the
             model (`t2runtime.rows`).
 
-    Raises ValueError where a category or the classifier needs an expert that the bank lacks.
+    Raises ValueError where the classifier or a category, its own too, needs an expert that the bank
+    lacks.
     """
 
     def __init__(
@@ -84,8 +87,10 @@ class Transformer2:
         self.router = Router.load(router) if isinstance(router, (str, Path)) else router
         self.record = Record.load(record) if isinstance(record, (str, Path)) else record
         self._categories = categories
+        self._told: set[str] = set()
         if classifier is not None:
             check_mixture(bank, classifier, "the classifier")
+            self._own(classifier)
         if categories is not None:
             for name in categories.names:
                 check_mixture(bank, self.mixture_of(name), f"category {name!r}")
@@ -135,24 +140,27 @@ class Transformer2:
 
     @property
     def categories(self) -> Categories:
-        """What pass 1 may name now: as given, or the bank's experts with their descriptions."""
-        if self._categories is not None:
-            return self._categories
-        names = tuple(name for name in self.bank.names if name != self.classifier)
-        if not names:
-            raise ValueError(
-                "the bank is empty: pass 1 has no expert to choose from. Add one with "
-                "bank.add(name, expert), or use strategy=None for the base weights"
-            )
-        small = getattr(self.model.config, "_name_or_path", None) == SMALL_NAME
-        said = {name: " ".join(self.bank[name].description.split()) for name in names}
-        if small:  # its way to ask has no room for descriptions
-            return dataclasses.replace(SMALL, names=names)
-        return Categories(names, descriptions={k: v for k, v in said.items() if v})
+        """What pass 1 may name now on the base: as given, or the bank's experts."""
+        return self._categories or bank_categories(self.bank, self.classifier)
 
-    def mixture_of(self, category: str) -> Mixture:
-        """The mixture that a category stands for; "other" always means the base weights."""
-        other = Categories.other if self._categories is None else self._categories.other
+    def categories_of(self, strategy: str, hashed: Hashes | None = None) -> Categories:
+        """What pass 1 asks with a strategy: under the classification expert what that was trained
+        on, else `categories`. `hashed`: of the bank's experts, where they are known.
+        """
+        sorter = self.sorter(strategy)
+        return (self._own(sorter, hashed) if sorter is not None else None) or self.categories
+
+    def _own(self, sorter: str, hashed: Hashes | None = None) -> Categories | None:
+        """What the classifier was trained on; looked up anew, since the bank may have changed."""
+        return servable(self.bank, sorter, self._categories, self.mixture_of, self._told, hashed)
+
+    def sorter(self, strategy: str) -> str | None:
+        """The expert under which pass 1 runs with a strategy; None is the base."""
+        return self.classifier if strategy in ("classifier", "record") else None
+
+    def mixture_of(self, category: str, asked: Categories | None = None) -> Mixture:
+        """The mixture that a category stands for; "other", or `asked.other`, means the base."""
+        other = (asked or self._categories or Categories).other
         return None if category == other else self.mixtures.get(category, category)
 
     # -- the two passes --------------------------------------------------------------------------

@@ -395,17 +395,22 @@ def _moved_together(completions: Completions) -> Completions:
 def forced(
     tokenizer: Any,
     prompts: Sequence[Prompt],
-    answers: Sequence[str],
+    answers: Sequence[str | Sequence[int]],
     model: Any,
     chat: str = "auto",
 ) -> Completions:
-    """Given answers, each with its end token (`turn_end`), in the place of sampled ones."""
+    """Given answers, texts or token ids, each with its end token (`turn_end`), in the place of
+    sampled ones.
+    """
     ids, mask = encode(tokenizer, prompts, model.device, chat)
     ends = turn_end(model, tokenizer, chat)
-    rows = [
-        list(tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]) + ends
-        for answer in answers
-    ]
+
+    def ids_of(answer: str | Sequence[int]) -> list[int]:
+        if not isinstance(answer, str):
+            return list(answer)
+        return list(tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"])
+
+    rows = [ids_of(answer) + ends for answer in answers]
     for answer, row in zip(answers, rows, strict=True):
         if not row:
             raise ValueError(
@@ -422,5 +427,5 @@ def forced(
         torch.cat([ids, new], 1),
         torch.cat([mask, torch.ones_like(new)], 1),
         kept.bool(),
-        list(answers),
+        [one if isinstance(one, str) else decode(tokenizer, one) for one in answers],
     )

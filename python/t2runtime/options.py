@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from t2runtime.rewards import EXTRACTORS
 
-TASK = "gsm8k, mbpp, add, story:animal, ..., category:a+b, a .jsonl file or a folder of them"
+TASK = "gsm8k, mbpp, add, story:animal, ..., a .jsonl file or a folder of them; category:a+b, " \
+       "which of these tasks a question is of"  # fmt: skip
 #: Ways to search for a mixture.
 SEARCHES = ("cem", "cma-es", "random", "gradient")
 
@@ -105,7 +107,41 @@ def search_settings(args: argparse.Namespace) -> dict[str, Any]:
 def task_data(args: argparse.Namespace) -> dict[str, Any]:
     """What `tasks` added about data, as `source` and `sources` take it."""
     bad = "skip" if args.skip_bad_lines else "error"
-    return {"data": args.data, "extract": args.extract, "on_bad_lines": bad}
+    small = args.model == "small"
+    return {"data": args.data, "extract": args.extract, "on_bad_lines": bad, "small": small}
+
+
+def parse_expert(text: str) -> tuple[Path, float]:
+    """FILE or FILE=WEIGHT.
+
+    >>> parse_expert("math.safetensors=0.7")
+    (PosixPath('math.safetensors'), 0.7)
+    """
+    path, sign, weight = text.rpartition("=")
+    if not sign:
+        return Path(text), 1.0
+    try:
+        return Path(path), float(weight)
+    except ValueError:
+        raise ValueError(
+            f"--expert must be FILE or FILE=WEIGHT with a number, got {text!r}"
+        ) from None
+
+
+def expert_files(given: list[str]) -> dict[str, tuple[Path, float]]:
+    """{name: (file, weight)}: experts are called like their files; a folder stands for all in it
+    that are called *.safetensors.
+    """
+    found: dict[str, tuple[Path, float]] = {}
+    for path, weight in map(parse_expert, given):
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if not files:
+            raise ValueError(f"--expert: the folder {path} holds no *.safetensors")
+        for file in files:
+            if file.stem in found:
+                raise ValueError(f"--expert: two files are called {file.stem!r}; rename one")
+            found[file.stem] = (file, weight)
+    return found
 
 
 def at_least_one(args: argparse.Namespace, *names: str) -> None:
@@ -113,6 +149,13 @@ def at_least_one(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+
+
+def describing(p: argparse.ArgumentParser) -> None:
+    """Of commands that ask category questions."""
+    p.add_argument("--expert", action="append", default=[], metavar="FILE", help="of category:a+b: "
+                   "the experts that pass 1 will choose from, or a folder of them; the questions "
+                   "show their descriptions")  # fmt: skip
 
 
 def rows(p: argparse.ArgumentParser) -> None:

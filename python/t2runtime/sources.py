@@ -5,7 +5,8 @@ other tasks' questions, or a property of stories.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ KNOWN: dict[str, Callable[..., Source]] = {
 PROGRAMS = (mbpp.NAME, humaneval.NAME)
 #: "category:gsm8k+mbpp" asks for the category of questions of these tasks.
 OF_SEVERAL = "category:"
+logger = logging.getLogger(__name__)
 
 
 def source(
@@ -46,20 +48,36 @@ def source(
     data: Data | None = None,
     extract: str | None = None,
     on_bad_lines: OnBadLines = "error",
+    small: bool = False,
+    descriptions: Mapping[str, str] | None = None,
 ) -> Source:
     """The source of problems called `name`.
 
-    A generated task ("add", "category", ...); a known one ("gsm8k", "mbpp", ...) with `data`, a
-    local file or folder or "hf://owner/name"; a path that ends in .jsonl, or that of a folder with
-    train.jsonl and test.jsonl; or "category:gsm8k+mbpp" with `data`, a folder that holds one of
-    the same name for each; or "story:animal", a property of stories. `extract` names the way
-    completions are read where it is not to be the task's own.
+    A generated task ("add", ...); a known one ("gsm8k", "mbpp", ...) with `data`, a local file or
+    folder or "hf://owner/name"; a path that ends in .jsonl, or that of a folder with train.jsonl
+    and test.jsonl; "story:animal", a property of stories; or the category of several tasks'
+    questions, "category:gsm8k+add+sums=./mine", with `data`, a folder that holds one of the same
+    name for each known task. A category is called like its task, a path's last part, or as "NAME="
+    says. "category" stands for all generated skills and "other", asked as the small model is.
+    `extract` names the way completions are read where it is not to be the task's own. Of category
+    tasks: `small`, whether the model that is asked is the small one, and `descriptions` of the
+    experts that pass 1 will choose from, which must then hold one for each category.
     """
     if extract is not None and extract not in rewards.EXTRACTORS:
         known = ", ".join(rewards.EXTRACTORS)
         raise ValueError(f"extract must be one of {known}, got {extract!r}")
     reads = None if extract is None else rewards.EXTRACTORS[extract]
-    generated = (*tasks.CATEGORIES, tasks.category.NAME)
+    if name == tasks.category.NAME or name.startswith(OF_SEVERAL):
+        if extract is not None:
+            raise ValueError(f"task {name!r} reads answers as pass 1 does; leave out extract")
+        small = small or name == tasks.category.NAME
+        named = name.removeprefix(OF_SEVERAL) if OF_SEVERAL in name else "+".join(tasks.CATEGORIES)
+        return _categories(named.split("+"), data, on_bad_lines, small, descriptions)
+    if descriptions is not None:
+        raise ValueError(
+            f"descriptions are for '{OF_SEVERAL}a+b', whose questions show them, got task {name!r}"
+        )
+    generated = tasks.CATEGORIES
     told = name.startswith(stories.PREFIX)
     own = Path(name).expanduser()
     # A folder that happens to have a task's name is not meant: "./gsm8k" says that it is.
@@ -69,18 +87,15 @@ def source(
             raise ValueError(f"task {name!r} is itself the data, got data={str(data)!r} besides")
         called = own.resolve().name if folder else own.stem
         return jsonl.load(called, name, extract=reads, on_bad_lines=on_bad_lines)
-    if name in KNOWN or name.startswith(OF_SEVERAL):
+    if name in KNOWN:
         if data is None:
             raise ValueError(
                 f"task {name!r} needs its data: give the file or folder with data=PATH"
             )
-        if name in KNOWN:
-            return _known(name, data, reads, on_bad_lines)
-        if extract is not None:
-            raise ValueError(f"task {name!r} reads answers as pass 1 does; leave out extract")
-        return _categories(name[len(OF_SEVERAL) :].split("+"), data, on_bad_lines)
+        return _known(name, data, reads, on_bad_lines)
     if name not in generated and not told:
-        names = [*generated, *KNOWN, *(stories.PREFIX + of for of in stories.PROPERTIES)]
+        told_of = (stories.PREFIX + of for of in stories.PROPERTIES)
+        names = [*generated, tasks.category.NAME, *KNOWN, *told_of]
         close = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
@@ -105,30 +120,33 @@ def sources(
     data: Sequence[str] = (),
     extract: str | None = None,
     on_bad_lines: OnBadLines = "error",
+    small: bool = False,
 ) -> dict[str, Source]:
     """{task: source} of several tasks, by the names that the sources give themselves.
 
     data: "TASK=PATH" for each task that reads data, or the PATH of a single task. extract: for a
-    single task.
+    single task. small: see `source`.
     """
     if len(names) > 1 and extract is not None:
         raise ValueError("with several tasks each reads answers in its own way; leave out extract")
     places: dict[str, str] = {}
     for text in data:
-        name, sign, path = text.partition("=")
-        if not (sign and name in names):
-            if len(names) > 1:
-                raise ValueError(
-                    "with several tasks give data='TASK=PATH' for each that reads some, TASK one "
-                    f"of {', '.join(names)}; got {text!r}"
-                )
-            name, path = names[0], text
+        found_name = next((name for name in names if text.startswith(f"{name}=")), None)
+        if found_name is None and len(names) > 1:
+            raise ValueError(
+                "with several tasks give data='TASK=PATH' for each that reads some, TASK one "
+                f"of {', '.join(names)}; got {text!r}"
+            )
+        name = names[0] if found_name is None else found_name
+        path = text if found_name is None else text[len(name) + 1 :]
         if name in places:
             raise ValueError(f"task {name!r} has its data given twice")
         places[name] = path
     found: dict[str, Source] = {}
     for name in names:
-        made = source(name, data=places.get(name), extract=extract, on_bad_lines=on_bad_lines)
+        made = source(
+            name, data=places.get(name), extract=extract, on_bad_lines=on_bad_lines, small=small
+        )
         if made.name in found:
             raise ValueError(f"task {made.name!r} is given twice")
         found[made.name] = made
@@ -146,24 +164,74 @@ def _known(
     return KNOWN[name](data, extract=extract, **options)
 
 
-def _categories(names: list[str], data: Data, on_bad_lines: OnBadLines) -> Source:
+def _categories(
+    parts: Sequence[str], data: Data | None, on_bad_lines: OnBadLines, small: bool,
+    descriptions: Mapping[str, str] | None,
+) -> Source:  # fmt: skip
     """Category questions; see `CategorySource`."""
     # They import training, which asks this module for nothing.
     from t2runtime.adapt.classifier import CategorySource
-    from t2runtime.adapt.prompt import Categories
+    from t2runtime.adapt.prompt import Categories, categories_for
 
-    unknown = [name for name in names if name not in KNOWN]
-    if unknown or len(set(names)) < 2:
+    found: dict[str, Source] = {}
+    for part in parts:
+        name, made = _category(part, data, on_bad_lines)
+        clash = next((other for other in found if other.lower() == name.lower()), None)
+        if clash is not None:
+            raise ValueError(
+                f"'{OF_SEVERAL}' must give every category once, got {clash!r} and {name!r}. Say "
+                "what one of them is called: NAME=TASK"
+            )
+        found[name] = made
+    if len(found) < 2:
         raise ValueError(
-            f"'{OF_SEVERAL}' must be followed by two or more of {', '.join(KNOWN)}, joined by '+', "
-            f"got {', '.join(unknown or names)}"
+            f"'{OF_SEVERAL}' must be followed by two or more tasks joined by '+', got "
+            f"{', '.join(parts)}"
         )
-    folder = Path(data).expanduser()
-    parts: dict[str, Source] = {}
-    for name in names:
-        spellings = [folder / name, folder / name.replace("-", "_")]
+    if data is not None and not any(_task(part) in KNOWN for part in parts):
+        raise ValueError(f"none of {', '.join(parts)} reads data=, got {str(data)!r}")
+    names = [name for name in found if name != Categories.other]
+    if descriptions is not None:
+        missing = [name for name in names if name not in descriptions]
+        if missing:
+            raise ValueError(
+                f"every category must be called like one of the experts given, got "
+                f"{', '.join(missing)}; the experts are {', '.join(descriptions) or 'none'}. Say "
+                "what a category is called: NAME=TASK"
+            )
+        unknown = [name for name in descriptions if name not in found]
+        if unknown:
+            logger.warning("no category leads to the experts %s", ", ".join(unknown))
+    if Categories.other not in found:
+        logger.warning(
+            "no questions of category %r: an expert trained on these learns never to give a "
+            "request to the base; add some with +%s=TASK", Categories.other, Categories.other,
+        )  # fmt: skip
+    return CategorySource(found, categories_for(names, descriptions, small=small))
+
+
+def _task(part: str) -> str:
+    return part.partition("=")[2] if "=" in part else part
+
+
+def _category(part: str, data: Data | None, on_bad_lines: OnBadLines) -> tuple[str, Source]:
+    """The name of a category, and the source of its questions."""
+    task, said = _task(part), "=" in part
+    if task == tasks.category.NAME or task.startswith((OF_SEVERAL, stories.PREFIX)):
+        raise ValueError(f"'{OF_SEVERAL}' takes tasks whose questions differ, got {task!r}")
+    if not task or (said and not part.partition("=")[0]):
+        raise ValueError(f"'{OF_SEVERAL}' must be followed by TASK or NAME=TASK, got {part!r}")
+    place = None
+    if task in KNOWN:
+        if data is None:
+            raise ValueError(
+                f"task {task!r} needs its data: give the folder that holds its folder with "
+                "data=PATH"
+            )
+        folder = Path(data).expanduser()
+        spellings = [folder / task, folder / task.replace("-", "_")]
         place = next((path for path in spellings if path.is_dir()), None)
         if place is None:
-            raise ValueError(f"data {str(data)!r} must hold a folder {name!r}, it does not")
-        parts[name] = _known(name, place, None, on_bad_lines)
-    return CategorySource(parts, Categories(tuple(names)))
+            raise ValueError(f"data {str(data)!r} must hold a folder {task!r}, it does not")
+    made = source(task, data=place, on_bad_lines=on_bad_lines)
+    return (part.partition("=")[0] if said else made.name), made

@@ -11,8 +11,8 @@ import torch
 import t2kernels as t2k
 from t2runtime.cli import main
 from t2runtime.commands import train as train_command
-from t2runtime.commands.generate import parse_expert
 from t2runtime.loading import SMALL_MODEL
+from t2runtime.options import parse_expert
 from t2runtime.tasks import split_of
 
 
@@ -167,7 +167,7 @@ def test_train_generate_inspect_decompose(
         "--max-new-tokens", "4",
     )  # fmt: skip
     assert code == 0, err
-    assert "pass 1: add" in out and "no chat template" in out and "add: add on small" in out
+    assert "pass 1: add" in out and "no chat template" in out and "add: add\n" in out
     assert "error: the prompt has 71 tokens" in out and out.endswith("2 turns\n")
 
 

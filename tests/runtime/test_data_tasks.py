@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from t2runtime.adapt.classifier import CategorySource
+from t2runtime.adapt.prompt import SMALL
 from t2runtime.sources import KNOWN, source
 from t2runtime.tasks import Problem, arc, competition_math, gsm8k
 from t2runtime.tasks.files import FileSource, load
@@ -334,10 +336,68 @@ def test_category_of_several_tasks(tmp_path: Path) -> None:
     assert {p.answer for p in drawn} == {"gsm8k", "arc-easy"}
     assert task.grade(drawn, [p.answer for p in drawn]) == [True] * 20
     assert task.grade(drawn[:1], ["something else"]) == [False]
-    for name, said in (("gsm8k", "two or more"), ("gsm8k+gsm", "got gsm"),
+    for name, said in (("gsm8k", "two or more"), ("gsm8k+gsm", "got 'gsm'"),
                        ("gsm8k+mbpp", "must hold a folder 'mbpp'")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             source(f"category:{name}", data=tmp_path)
+
+
+def own(path: Path, word: str) -> str:
+    path.mkdir()
+    rows = [{"prompt": f"{word} {i}", "answer": f"{i}"} for i in range(60)]
+    write(path / "all.jsonl", rows)
+    return str(path)
+
+
+def test_categories_of_any_tasks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Folders, files, known data and generated skills, each called as one says."""
+    (tmp_path / "gsm8k").mkdir()
+    write(tmp_path / "gsm8k" / "train.jsonl", words(60))
+    mine, rest = own(tmp_path / "mine", "count"), own(tmp_path / "rest", "say")
+    name = f"category:gsm8k+{mine}+big={mine}/all.jsonl+add+other={rest}"
+    task = source(name, data=tmp_path)
+    assert isinstance(task, CategorySource) and not caplog.records
+    assert task.categories.names == ("gsm8k", "mine", "big", "add")
+    drawn = task.questions(50, "train", 0)
+    assert {p.answer for p in drawn} == {"gsm8k", "mine", "big", "add", "other"}
+    assert {p.answer for p in drawn if p.prompt.startswith("say ")} == {"other"}
+    skills = source("category:add+max+other", small=True)
+    assert isinstance(skills, CategorySource)
+    assert skills.categories == replace(SMALL, names=("add", "max"))
+    said = {"add": "adds\n numbers", "mine": "", "spare": "x"}
+    shown = source(f"category:add+{mine}", descriptions=said)
+    assert "- add: adds numbers\n- mine\n- other" in shown(1, "train", 0)[0].prompt
+    assert [record.getMessage()[:40] for record in caplog.records] == [
+        "no category leads to the experts spare", "no questions of category 'other': an exp",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("parts", "more", "said"),
+    [
+        ("add+Add=max", {}, "every category once, got 'add' and 'Add'"),
+        ("add+add", {}, "every category once, got 'add' and 'add'"),
+        ("add", {}, "two or more tasks"),
+        ("add+Other=max", {}, "'other' always means the base"),
+        ("add+max", {"data": "x"}, "none of add, max reads data="),
+        ("add+gsm8k", {}, "task 'gsm8k' needs its data"),
+        ("add+story:animal", {}, "whose questions differ, got 'story:animal'"),
+        ("add+category", {}, "whose questions differ, got 'category'"),
+        ("add+=max", {}, "TASK or NAME=TASK, got '=max'"),
+        ("add+", {}, "TASK or NAME=TASK, got ''"),
+        ("add+nowhere/", {}, "task must be one of .* got 'nowhere/'"),
+        ("add+max", {"descriptions": {"add": "x"}}, "got max; the experts are add"),
+        ("add+max", {"extract": "number"}, "leave out extract"),
+    ],
+)
+def test_categories_that_cannot_be(parts: str, more: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        source(f"category:{parts}", **more)
+
+
+def test_descriptions_are_for_categories() -> None:
+    with pytest.raises(ValueError, match="descriptions are for 'category:a.b'"):
+        source("add", descriptions={})
 
 
 def test_a_reader_that_fails_is_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from t2runtime.adapt.asking import KEY
 from t2runtime.adapt.prompt import Categories
 from t2runtime.tasks import Problem, Source, Split
 from t2runtime.train import Config, Log, train
@@ -49,7 +50,15 @@ class CategorySource:
             for name, source in self.sources.items()
             for key, value in getattr(source, "identity", {"source": source}).items()
         }
-        return {**parts, "names": self.categories.names, "template": self.categories.template}
+        asked = {**self.categories.facts(), "names": self.categories.names}
+        asked["descriptions"] = tuple(sorted(self.categories.descriptions.items()))
+        return {**parts, **asked}
+
+    def expert_metadata(self, chat: str) -> dict[str, Any]:
+        """What the expert that is trained on these questions must say of itself: how they are
+        asked. `chat`: "on" or "off", whether in the chat template.
+        """
+        return {KEY: replace(self.categories, chat=chat).facts()}
 
     @property
     def skipped(self) -> int:
@@ -76,6 +85,14 @@ class CategorySource:
         random.Random(f"category/{split}/{seed}").shuffle(drawn)
         return drawn[:count]
 
+    def target_ids(self, problems: Sequence[Problem], tokenizer: Any, chat: str) -> list[list[int]]:
+        """The names as pass 1 scores them: behind the words of the prompt they may be other tokens
+        than by themselves.
+        """
+        ways = self.categories.replies(tokenizer, chat)
+        known = dict(zip(self.categories.all_names, ways, strict=True))
+        return [known[problem.answer] for problem in problems]
+
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[bool]:
         """Read as pass 1 reads; a reply that names no category is wrong, also where `other` is
         right.
@@ -98,6 +115,8 @@ def train_classifier(
 ) -> Any:
     """Train the classification expert by the same REINFORCE loop, +1 for the right category and
     -1 otherwise. `overwrite`: see `train`.
+
+    The expert's metadata hold how it was asked; see `adapt.asking`.
     """
     source = CategorySource(sources, categories)
     return train(model, tokenizer, source, cfg, out, log, overwrite=overwrite)

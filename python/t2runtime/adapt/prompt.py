@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,9 @@ class Categories:
     names: one for each category, without `other`, which is always there. descriptions: {name: one
     line}, shown in the prompt. template: the prompt around {names} and {question}. lead: what
     stands before the name in a reply to the plain template (a chat template needs none).
-    max_new_tokens: room for a reply, where one is generated (in training).
+    max_new_tokens: room for a reply, where one is generated (in training). chat: "on" or "off",
+    whether the prompt goes into the tokenizer's chat template, whatever the caller says; None: as
+    the caller says.
     """
 
     names: tuple[str, ...]
@@ -47,6 +49,7 @@ class Categories:
     max_new_tokens: int = 8
     descriptions: Mapping[str, str] = field(default_factory=dict)
     lead: str = " "
+    chat: str | None = None
 
     def __post_init__(self) -> None:
         if "{question}" not in self.template:
@@ -58,11 +61,21 @@ class Categories:
             raise ValueError(
                 f"names must name every category once, got {', '.join(twice)} more than once"
             )
-        if self.other in self.names:
+        spelt: dict[str, str] = {}
+        for name in self.names:
+            first = spelt.setdefault(name.lower(), name)
+            if first != name:
+                raise ValueError(
+                    f"names must differ in more than case, got {first!r} and {name!r}: replies are "
+                    "read without it. Rename one"
+                )
+        if self.other.lower() in spelt:
             raise ValueError(
-                f"names must not hold {self.other!r}: it always means the base weights. Rename "
-                "that expert, or choose another word with other=."
+                f"names must not hold {spelt[self.other.lower()]!r}: {self.other!r} always means "
+                "the base weights. Rename that expert, or choose another word with other=."
             )
+        if self.chat not in (None, "on", "off"):
+            raise ValueError(f"chat must be 'on', 'off' or None, got {self.chat!r}")
 
     @property
     def all_names(self) -> tuple[str, ...]:
@@ -82,16 +95,41 @@ class Categories:
         return re.sub(r"\{names\}|\{question\}", lambda found: parts[found[0]], self.template)
 
     def named(self, reply: str) -> str | None:
-        """The first word of a reply that is a category, None if no word is one.
+        """The first category that a reply names in whole words, None if it names none.
 
         >>> Categories(("math", "code")).named(" Math.")
         'math'
         """
         known = {name.lower(): name for name in self.all_names}
-        for word in re.findall(r"[\w-]+", reply.lower()):
-            if word in known:
-                return known[word]
-        return None
+        longest = sorted(known, key=len, reverse=True)
+        any_of = "|".join(map(re.escape, longest))
+        found = re.search(rf"(?<![\w-])(?:{any_of})(?![\w-])", reply.lower())
+        return known[found[0]] if found else None
+
+    def facts(self) -> dict[str, Any]:
+        """All of it as JSON can hold it."""
+        given = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {**given, "names": list(self.names), "descriptions": dict(self.descriptions)}
+
+    @classmethod
+    def from_facts(cls, facts: Any) -> Categories:
+        """What `facts` gave; ValueError for anything else."""
+        expected = sorted(one.name for one in fields(cls))
+        if not isinstance(facts, Mapping) or sorted(map(str, facts)) != expected:
+            got = sorted(map(str, facts)) if isinstance(facts, Mapping) else type(facts).__name__
+            raise ValueError(f"categories must hold {', '.join(expected)}, got {got}")
+        names, said = facts["names"], facts["descriptions"]
+        if not (isinstance(names, list) and all(isinstance(n, str) and n for n in names)):
+            raise ValueError(f"names must be a list of texts, got {names!r}")
+        if not (isinstance(said, Mapping) and all(isinstance(d, str) for d in said.values())):
+            raise ValueError(f"descriptions must be {{name: text}}, got {said!r}")
+        for key in ("template", "other", "lead"):
+            if not isinstance(facts[key], str):
+                raise ValueError(f"{key} must be a text, got {facts[key]!r}")
+        room = facts["max_new_tokens"]
+        if isinstance(room, bool) or not isinstance(room, int) or room < 1:
+            raise ValueError(f"max_new_tokens must be a number of at least 1, got {room!r}")
+        return cls(**{**facts, "names": tuple(names), "descriptions": dict(said)})
 
     def replies(self, tokenizer: Any, chat: str = "auto") -> list[list[int]]:
         """The token ids of each name as a reply, `other` last.
@@ -99,7 +137,7 @@ class Categories:
         Behind a plain template they are those that follow its last words, since some tokenizers
         write the first word of a text differently.
         """
-        plain = not uses_template(tokenizer, chat)
+        plain = not uses_template(tokenizer, self.chat or chat)
         before = self.template.rpartition("{question}")[2] if plain else ""
         lead = self.lead if plain else ""
 
@@ -126,6 +164,18 @@ class Categories:
 SMALL = Categories(tuple(tasks.SKILLS), tasks.category.PREFIX + "{question}", lead="")
 
 
+def categories_for(
+    names: Sequence[str], descriptions: Mapping[str, str] | None = None, *, small: bool = False
+) -> Categories:
+    """How a model is asked that nothing else is said of: with the experts' descriptions, each on
+    one line; `small`, the model of the package, in its own way, which has no room for them.
+    """
+    if small:
+        return replace(SMALL, names=tuple(names))
+    said = {name: " ".join((descriptions or {}).get(name, "").split()) for name in names}
+    return Categories(tuple(names), descriptions={k: v for k, v in said.items() if v})
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What pass 1 says of one question: the most probable category, and {category: probability}."""
@@ -147,7 +197,8 @@ def question_ids(
 
     Raises ValueError where it does not fit into the context together with `reply` more tokens.
     """
-    ids = prompt_ids(tokenizer, categories.prompt(last_user_message(prompt)), chat)
+    text = categories.prompt(last_user_message(prompt))
+    ids = prompt_ids(tokenizer, text, categories.chat or chat)
     context = context_length(model)
     if context is not None and len(ids) + reply > context:
         raise ValueError(

@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import t2kernels as t2k
+from t2runtime.adapt.asking import difference, trained_to_name
+from t2runtime.adapt.classifier import CategorySource
 from t2runtime.adapt.mixtures import load_mixtures
-from t2runtime.commands.generate import expert_files, loaded
+from t2runtime.commands.generate import loaded
 from t2runtime.commands.train import targets
 from t2runtime.compare import compare, text_table
 from t2runtime.engine import STRATEGIES
 from t2runtime.evaluate import Score, evaluate
 from t2runtime.formats.saved import kind_of, refuse, with_adapter
 from t2runtime.loading import load
-from t2runtime.options import at_least_one, search_settings, task_data
+from t2runtime.options import at_least_one, expert_files, search_settings, task_data
 from t2runtime.sources import sources
 from t2runtime.tasks import Source
 
@@ -88,6 +90,8 @@ def _alone(args: argparse.Namespace, task: Source) -> dict[str, Any]:
     """The base, each expert, each adapter of PEFT."""
     problems = task(args.limit, args.split, args.seed)
     given = _experts(args.expert)
+    if isinstance(task, CategorySource):
+        _asked_alike(task, given)
     model, tokenizer = load(args.model, args.dtype, args.device)
     new_tokens = args.max_new_tokens or task.max_new_tokens
     score = partial(
@@ -125,6 +129,17 @@ def _alone(args: argparse.Namespace, task: Source) -> dict[str, Any]:
             for name in (BASE, *given)
         },
     }
+
+
+def _asked_alike(task: CategorySource, given: Mapping[str, t2k.Expert | Path]) -> None:
+    """Refuse classification experts that were trained on another question than the task's."""
+    for name, expert in given.items():
+        own = trained_to_name(expert, name) if isinstance(expert, t2k.Expert) else None
+        if own is not None and (differs := difference(own, task.categories)):
+            raise ValueError(
+                f"expert {name!r} was trained on another question: {differs}. `t2 classify` asks "
+                "each classification expert what it was trained on"
+            )
 
 
 def _experts(paths: Sequence[str]) -> dict[str, t2k.Expert | Path]:

@@ -13,43 +13,10 @@ import t2kernels as t2k
 from t2runtime.adapt.weights import Mixture
 from t2runtime.commands.train import targets
 from t2runtime.engine import Transformer2
-from t2runtime.options import at_least_one
+from t2runtime.options import at_least_one, expert_files
 
 #: The mixture that the weights of --expert say, and no pass 1.
 FIXED = "fixed"
-
-
-def parse_expert(text: str) -> tuple[Path, float]:
-    """FILE or FILE=WEIGHT.
-
-    >>> parse_expert("math.safetensors=0.7")
-    (PosixPath('math.safetensors'), 0.7)
-    """
-    path, sign, weight = text.rpartition("=")
-    if not sign:
-        return Path(text), 1.0
-    try:
-        return Path(path), float(weight)
-    except ValueError:
-        raise ValueError(
-            f"--expert must be FILE or FILE=WEIGHT with a number, got {text!r}"
-        ) from None
-
-
-def expert_files(given: list[str]) -> dict[str, tuple[Path, float]]:
-    """{name: (file, weight)}: experts are called like their files; a folder stands for all in it
-    that are called *.safetensors.
-    """
-    found: dict[str, tuple[Path, float]] = {}
-    for path, weight in map(parse_expert, given):
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-        if not files:
-            raise ValueError(f"--expert: the folder {path} holds no *.safetensors")
-        for file in files:
-            if file.stem in found:
-                raise ValueError(f"--expert: two files are called {file.stem!r}; rename one")
-            found[file.stem] = (file, weight)
-    return found
 
 
 def check(args: argparse.Namespace) -> None:

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 import t2kernels as t2k
+from t2runtime.adapt.asking import classifies
+from t2runtime.adapt.classifier import CategorySource
 from t2runtime.card import write_card
 from t2runtime.evaluate import Score, evaluate
 from t2runtime.loading import load
-from t2runtime.options import task_data
+from t2runtime.options import expert_files, task_data
 from t2runtime.sources import source
 from t2runtime.tasks import SPLITS
 from t2runtime.train import RECIPES, SVF, Adapter, Config, Interrupted, Peft, Source, train
@@ -36,7 +38,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     _check_out(out, args.method)
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite loses it: give one of them")
-    problems = source(args.task, **task_data(args))
+    problems = source(args.task, **task_data(args), descriptions=descriptions(args))
+    described = description_of(args, problems)
     # Asked for now, so that a file without such lines is refused before anything is trained.
     for split in SPLITS:
         problems(1, split, cfg.seed)
@@ -63,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     del given["config"]  # which is there already
 
     def save(trained: Any, **more: Any) -> None:
-        trained.description = f"{args.task} on {args.model}"
+        trained.description = described
         trained.metadata |= {**facts, **more}
         trained.save(out)
         if isinstance(trained, t2k.Expert):
@@ -113,11 +116,35 @@ def settings(args: argparse.Namespace) -> Config:
 
 def options_of(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     """What was asked for besides the settings, by the options' names, with nothing left open."""
-    asked = ["model", "task", "data", "extract", "skip_bad_lines", "method", "targets", "layers"]
+    asked = ["model", "task", "data", "extract", "skip_bad_lines", "method", "targets", "layers",
+             "expert"]  # fmt: skip
     asked += ["rank", "parametrisation", "factors"] if args.method == "svf" else ["lora_rank"]
     dtype = str(model.dtype).removeprefix("torch.")
     given = {name: getattr(args, name) for name in asked}
     return {**given, "dtype": dtype, "device": model.device.type}
+
+
+def descriptions(args: argparse.Namespace) -> dict[str, str] | None:
+    """{expert: its description} of those that `--expert` names, None without the option.
+    Classification experts are left out: they answer nothing.
+    """
+    if not args.expert:
+        return None
+    files = {name: path for name, (path, _) in expert_files(args.expert).items()}
+    experts = {name: t2k.Expert.load(path) for name, path in files.items()}
+    return {name: one.description for name, one in experts.items() if not classifies(one)}
+
+
+def description_of(args: argparse.Namespace, problems: Source) -> str:
+    """What `--description` says, else what the task is called; one line, never a path."""
+    if args.description is not None:
+        line = " ".join(args.description.split())
+        if not line:
+            raise ValueError("--description must say something, got an empty text")
+        return line
+    if isinstance(problems, CategorySource):
+        return f"names the category of a question: {', '.join(problems.categories.all_names)}"
+    return problems.name
 
 
 def data_facts(problems: Source) -> dict[str, Any]:

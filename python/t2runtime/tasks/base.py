@@ -57,6 +57,9 @@ class Source(Grader, Protocol):
     A source may have an `identity`: a mapping of plain values and functions that decide its
     problems and rewards. A run is resumed only under an equal one; without it, the attributes that
     are plain values or functions are compared. The code of the class is compared in any case.
+    It may have `expert_metadata(chat)`: {key: value} that goes into the metadata of an expert which
+    is trained on it, `chat` being "on" or "off"; and `target_ids(problems, tokenizer, chat)`: the
+    token ids that next-token training learns, where a target by itself would have others.
     """
 
     @property

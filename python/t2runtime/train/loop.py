@@ -233,8 +233,10 @@ class _Run:
     def result(self, warn: bool = True) -> Any:
         """The best, or what there is before the first validation, with its facts."""
         state, base = self.state, self.state.base or 0.0
+        of_source = getattr(whole(self.source), "expert_metadata", None)
+        asked = of_source(self.cfg.chat) if of_source else {}
         if state.best_key is None:
-            return self.adapter.trained({})
+            return self.adapter.trained(asked)
         score = state.best_key[0]
         if warn and score <= base:
             logger.warning(
@@ -245,7 +247,7 @@ class _Run:
         restore(self.adapter, state.best)
         left_out = _left_out(self.source)
         said = {"left_out": left_out} if left_out else {}
-        return self.adapter.trained({"validation": score, "base_validation": base, **said})
+        return self.adapter.trained({"validation": score, "base_validation": base, **said, **asked})
 
 
 def _clipped(

@@ -17,6 +17,7 @@ from t2runtime.generation import forced
 from t2runtime.tasks import Problem, Source
 from t2runtime.train.adapters import Adapter
 from t2runtime.train.config import Config
+from t2runtime.train.lengths import whole
 from t2runtime.train.reinforce import drawn, gradient
 
 
@@ -27,7 +28,9 @@ def next_token(
     begin = time.perf_counter()
     asked = drawn(source, cfg, seed)
     prompts, texts = [p.prompt for p in asked], [learnt(source, problem) for problem in asked]
-    given = forced(tokenizer, prompts, texts, model, cfg.chat)
+    tokens = getattr(whole(source), "target_ids", None)
+    targets = tokens(asked, tokenizer, cfg.chat) if tokens else texts
+    given = forced(tokenizer, prompts, targets, model, cfg.chat)
     share = given.sampled.float() / given.sampled.sum()
     loss, kl = gradient(model, adapter, given, share, share, cfg)
     return {

@@ -62,7 +62,7 @@ def test_questions_are_those_that_training_wraps() -> None:
     assert [categories.prompt(question) for question in questions] == [p.prompt for p in wrapped]
     assert answers == [p.answer for p in wrapped]
     again, questions, _ = asked(source("category"), 8, "test", 0)
-    assert again is SMALL and not any(question.startswith("kind?") for question in questions)
+    assert again == SMALL and not any(question.startswith("kind?") for question in questions)
     with pytest.raises(ValueError, match="a file of labels, got 'add'"):
         asked(source("add"), 8, "test", 0)
 

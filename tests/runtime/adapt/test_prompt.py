@@ -185,12 +185,23 @@ def test_probabilities_that_are_not_finite_mean_the_base(tiny: Any, tokenizer: A
 def test_categories_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="math more than once"):
         Categories(("math", "code", "math"))
-    with pytest.raises(ValueError, match="always means the base"):
-        Categories(("math", "other"))
+    with pytest.raises(ValueError, match="more than case, got 'Math' and 'math'"):
+        Categories(("Math", "math"))
+    for name in ("other", "Other"):
+        with pytest.raises(ValueError, match=f"hold '{name}': 'other' always means the base"):
+            Categories(("math", name))
     with pytest.raises(ValueError, match="template"):
         Categories(("a",), template="no place for it")
     with pytest.raises(ValueError, match="at least one category"):
         Categories(())
+
+
+def test_names_are_read_whole() -> None:
+    """Also those of several words; the first counts, of two at one place the longer."""
+    names = Categories(("math", "math two", "top_up?", "c++"))
+    said = {" Math.": "math", "MATH TWO": "math two", "top_up?": "top_up?", "mathematics": None,
+            "no c++, math": "c++", "non-math": None, "other": "other", "": None}  # fmt: skip
+    assert {reply: names.named(reply) for reply in said} == said
 
 
 def test_names_that_the_tokenizer_confuses(tokenizer: Any) -> None:

@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ import t2kernels as t2k
 from t2runtime.cli import main
 from t2runtime.commands import train as command
 from t2runtime.loading import load
+from t2runtime.sources import source
 
 FEW = ("--steps", "2", "--prompts", "4", "--samples", "2", "--validation-problems", "4")
 
@@ -52,6 +54,24 @@ def test_an_expert_with_its_card_and_resume(capsys: Any, tmp_path: Path) -> None
     assert all(again.z[name].equal(z) for name, z in expert.z.items())
     code, said, err = call(capsys, *words, "--resume", "--lr", "0.5")
     assert code == 2 and "lr 0.02, not 0.5" in err and len(err.splitlines()) == 1
+
+
+def test_descriptions_are_no_paths(tmp_path: Path) -> None:
+    """What the task is called, or what one says, on one line."""
+    (tmp_path / "deep" / "sums").mkdir(parents=True)
+    rows = [json.dumps({"prompt": f"{i}+1=", "answer": f"{i + 1}"}) for i in range(60)]
+    (tmp_path / "deep" / "sums" / "all.jsonl").write_text("\n".join(rows))
+    mine = str(tmp_path / "deep" / "sums")
+    said = argparse.Namespace(description=None)
+    for task, text in (("add", "add"), (mine, "sums"), (f"{mine}/all.jsonl", "all"),
+                       (f"category:{mine}+add+other",
+                        "names the category of a question: sums, add, other")):  # fmt: skip
+        assert command.description_of(said, source(task)) == text
+    said.description = " adds\n two "
+    assert command.description_of(said, source("add")) == "adds two"
+    said.description = " "
+    with pytest.raises(ValueError, match="--description must say something"):
+        command.description_of(said, source("add"))
 
 
 def test_all_that_was_asked_for_is_saved(capsys: Any, tmp_path: Path) -> None:
