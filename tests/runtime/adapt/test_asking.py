@@ -218,6 +218,15 @@ def test_the_engine_asks_as_the_classifier_says(tokenizer: Any, bank_of: Any) ->
     assert alone.categories.names == ("math", "code"), "no expert for answers, even unnamed"
 
 
+def test_a_file_that_does_not_say_how(tiny: Any, tokenizer: Any) -> None:
+    """An older one is asked about the bank, which may be filled later."""
+    bank = t2k.ExpertBank(tiny)
+    bank.add("sorter", expert(tiny))
+    t2 = Transformer2(tiny, tokenizer, bank, classifier="sorter")
+    bank.add("math", expert(tiny, 1))
+    assert t2.categories_of("classifier") == t2.categories == Categories(("math",))
+
+
 def test_other_names_than_the_banks(tokenizer: Any, bank_of: Any) -> None:
     bank = bank_of("math")
     with pytest.raises(ValueError, match="category 'code' of the classifier 'sorter' needs expert"):
