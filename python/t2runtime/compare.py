@@ -9,6 +9,7 @@ see the question only.
 from __future__ import annotations
 
 import copy
+import logging
 import random
 import re
 import time
@@ -18,18 +19,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-from t2runtime.adapt.fewshot import search
+from t2runtime.adapt.fewshot import Space, check_search, search
 from t2runtime.adapt.mixtures import TaskMixture
 from t2runtime.adapt.record import BASE, record_of_tasks
-from t2runtime.adapt.router import RouterConfig, train_router, training_problems
-from t2runtime.adapt.shots import held_out, question_mark
+from t2runtime.adapt.router import RouterConfig, train_router
+from t2runtime.adapt.shots import check_shots, held_out, is_marked
 from t2runtime.adapt.weights import Mixture
 from t2runtime.engine import Transformer2
 from t2runtime.evaluate import Score
-from t2runtime.request import Output
+from t2runtime.request import Output, count
 from t2runtime.tasks import Problem, Source, Split
 from t2runtime.verdicts import is_right, verdicts_of
 
+logger = logging.getLogger(__name__)
 #: Strategies whose pass 1 computes one row a question.
 _LOOKS = ("prompt", "classifier", "mixture", "router", "record")
 #: What a call says of one request: its strategy, given the task of each.
@@ -132,13 +134,21 @@ def compare(
     ValueError for no tasks or strategies, one that is there twice or is unknown, and a mixture
     that does not say which problems were its shots.
     """
+    for what, number in (("problems", problems), ("rows", rows), ("validation", validation)):
+        count(what, number)
     labels = _checked(t2, sources, strategies)
     chosen = [name for name in t2.bank.names if name != t2.classifier]
     find = _Finder(t2, sources, list(names or chosen), seed, max_new_tokens, rows)
+    kept: _Way | None = None
+    if "few-shot" in strategies and mixtures is not None:
+        kept = find.saved(mixtures)
+    elif "few-shot" in strategies:
+        size = Space(t2.bank, tuple(find.names), settings.get("per", "expert")).size
+        check_searches(sources, methods, shots, shots_from, seed, size, settings)
     ways: list[_Way] = []
     for strategy, label in zip(strategies, labels, strict=True):
-        if strategy == "few-shot" and mixtures is not None:
-            ways.append(find.saved(mixtures))
+        if strategy == "few-shot" and kept is not None:
+            ways.append(kept)
         elif strategy == "few-shot":
             ways += [find.few_shot(way, shots, shots_from, settings) for way in methods]
         elif strategy == "router":
@@ -153,6 +163,26 @@ def compare(
     t2.generate([asked[0][1].prompt], None, max_new_tokens=1)  # what only a first call costs
     found = [_row(way, sources, asked, max_new_tokens, rows, progress) for way in ways]
     return [replace(row, left_out=left) for row in found]
+
+
+def check_searches(
+    sources: Mapping[str, Source], methods: Sequence[str], shots: int, shots_from: Split,
+    seed: int, size: int | None, settings: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Raise what the searches of `compare` would, before any of them begins: ValueError for bad
+    settings, ImportError for a missing package. size: weights in a member, as far as it is known.
+    """
+    count("shots", shots)
+    if not methods or len(set(methods)) < len(methods):
+        raise ValueError(f"methods must be distinct, at least one, got {', '.join(methods)}")
+    for task, source in sources.items():
+        drawn = source(shots, shots_from, seed)
+        try:
+            check_shots(drawn)
+            for method in methods:
+                check_search(method, len(drawn), size, **settings)
+        except ValueError as error:
+            raise ValueError(f"task {task!r}: {error}") from error
 
 
 def _checked(
@@ -245,29 +275,38 @@ class _Finder:
 
     def router(self, cfg: RouterConfig) -> _Way:
         """The engine's router, or one that is trained now."""
-        began, t2, marks = time.perf_counter(), self.t2, set()
-        if t2.router is None:
-            t2, sources = copy.copy(t2), list(self.sources.values())
-            t2.router = train_router(*self._model, self.names, sources, cfg, chat=t2.chat)
-            marks = {question_mark(problem) for problem in training_problems(sources, cfg)}
-        seconds = time.perf_counter() - began if marks else 0.0
-        shots, forwards = t2.router.trained["questions"], t2.router.trained["forwards"]
-        return _Way("router", t2, lambda _: "router", True, shots, forwards, seconds, tuple(marks))
+        seconds, t2, router = 0.0, self.t2, self.t2.router
+        if router is None:
+            began, t2 = time.perf_counter(), copy.copy(t2)
+            router = train_router(
+                *self._model, self.names, list(self.sources.values()), cfg, chat=t2.chat
+            )
+            t2.router, seconds = router, time.perf_counter() - began
+        shots, forwards = router.trained["questions"], router.trained["forwards"]
+        return self._learned("router", t2, shots, forwards, seconds, router.questions)
 
     def record(self, count: int) -> _Way:
         """The engine's record, or one that is measured now; the tasks are its categories."""
-        began, t2, marks = time.perf_counter(), self.t2, set()
-        if t2.record is None:
-            t2 = copy.copy(t2)
-            t2.record = record_of_tasks(
+        seconds, t2, record = 0.0, self.t2, self.t2.record
+        if record is None:
+            began, t2 = time.perf_counter(), copy.copy(t2)
+            record = record_of_tasks(
                 *self._model, self.names, self.sources, count, seed=self.seed, rows=self.rows,
                 max_new_tokens=self.max_new_tokens, chat=t2.chat,
             )  # fmt: skip
-            marks = {question_mark(problem) for source in self.sources.values()
-                     for problem in source(count, "validation", self.seed)}  # fmt: skip
-        seconds = time.perf_counter() - began if marks else 0.0
-        shots, forwards = t2.record.used
-        return _Way("record", t2, lambda _: "record", True, shots, forwards, seconds, tuple(marks))
+            t2.record, seconds = record, time.perf_counter() - began
+        return self._learned("record", t2, *record.used, seconds, record.questions)
+
+    def _learned(
+        self, name: str, t2: Transformer2, shots: int, forwards: int, seconds: float,
+        marks: tuple[str, ...] | None,
+    ) -> _Way:  # fmt: skip
+        if marks is None:
+            logger.warning(
+                "the %s does not say which problems it was made with: those that are among the "
+                "problems here are not noticed. Make it again with `t2 adapt`", name,
+            )  # fmt: skip
+        return _Way(name, t2, lambda _: name, True, shots, forwards, seconds, marks or ())
 
 
 def _held_out(
@@ -282,7 +321,7 @@ def _held_out(
     left = 0
     for task, source in sources.items():
         drawn = source(count + more, split, seed)
-        shots = [problem for problem in drawn if question_mark(problem) in used]
+        shots = [problem for problem in drawn if is_marked(problem, used)]
         rest, out = held_out(drawn, shots)
         asked, left = asked + [(task, problem) for problem in rest[:count]], left + out
     random.Random(f"compare/{seed}").shuffle(asked)

@@ -145,10 +145,11 @@ def expert_files(given: list[str]) -> dict[str, tuple[Path, float]]:
 
 
 def at_least_one(args: argparse.Namespace, *names: str) -> None:
-    """ValueError for a count below 1."""
+    """ValueError for a count below 1; None is one that was not given."""
     for name in names:
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+        given = getattr(args, name)
+        if given is not None and given < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {given}")
 
 
 def describing(p: argparse.ArgumentParser) -> None:

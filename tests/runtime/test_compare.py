@@ -12,8 +12,8 @@ import t2kernels as t2k
 from t2runtime.adapt.mixtures import TaskMixture, hashes
 from t2runtime.adapt.prompt import Categories
 from t2runtime.adapt.record import Record
-from t2runtime.adapt.router import RouterConfig
-from t2runtime.adapt.shots import question_mark
+from t2runtime.adapt.router import Router, RouterConfig
+from t2runtime.adapt.shots import question_mark, question_marks
 from t2runtime.compare import compare, text_table
 from t2runtime.engine import Transformer2
 from t2runtime.generation import complete
@@ -102,7 +102,9 @@ def test_every_strategy_in_one_table(t2: Transformer2, sources: Any) -> None:
     assert "1 : 2" in text and len(text.splitlines()) == len(rows) + 1
 
 
-def test_what_was_found_before(t2: Transformer2, sources: Any) -> None:
+def test_what_was_found_before(
+    t2: Transformer2, sources: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     """Mixtures with the shots that they name, an engine's own router and record."""
     marks = hashes(t2.bank, ["a", "b"])
     shots = [question_mark(problem) for problem in sources["a"].splits["test"][:2]]
@@ -127,6 +129,22 @@ def test_what_was_found_before(t2: Transformer2, sources: Any) -> None:
     t2.record = Record(marks, {"a": {"b": (3, 4)}, "b": {"base": (0, 3)}})
     (row,) = compare(t2, sources, ["record"])
     assert (row.shots, row.forwards, row.search_seconds) == (4 + 3, 7 + 6, 0.0)
+    assert "the record does not say which problems" in caplog.text
+
+
+def test_what_routers_and_records_were_made_with_is_left_out(
+    t2: Transformer2, sources: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of files as of what is made in the call, for all rows."""
+    marks = hashes(t2.bank, ["a", "b"])
+    seen = sources["a"].splits["test"]
+    t2.record = Record(marks, questions=question_marks(seen[:1]))
+    t2.router = Router(marks, t2.model.config.hidden_size, 4)
+    t2.router.questions = question_marks([Problem(f" {seen[1].prompt.upper()}?", "", "x")])
+    rows = compare(t2, sources, [None, "router", "record"])
+    assert [row.by_task["a"].total for row in rows] == [1, 1, 1]
+    assert [row.by_task["x"].total for row in rows] == [3, 3, 3]
+    assert {row.left_out for row in rows} == {2} and not caplog.text
 
 
 def test_shots_of_the_test_split_are_replaced(t2: Transformer2, sources: Any) -> None:
@@ -143,6 +161,19 @@ def test_a_problem_without_an_answer_counts_as_wrong(t2: Transformer2, sources: 
     assert row.failed == 1 and row.score.right == 2 and row.score.total == 3
     text = text_table([row.facts()])
     assert "without an answer, counted as wrong: 1; the first: the prompt has 81" in text
+
+
+def test_saved_mixtures_are_looked_at_first(t2: Transformer2, sources: Any) -> None:
+    """A router is not trained for a table that cannot be made."""
+    for source in sources.values():
+        source.splits["train"] = []  # whoever trains a router says so
+    mixture = TaskMixture("a", {}, hashes(t2.bank, ["a"]))
+    with pytest.raises(ValueError, match="got none for x; there are a"):
+        compare(t2, sources, ["router", "few-shot"], mixtures={"a": mixture})
+    with pytest.raises(ValueError, match="task 'a': budget must be at least 24 forwards"):
+        compare(t2, sources, ["router", "few-shot"], budget=23, **QUICK)
+    with pytest.raises(ValueError, match="problems must be at least 1, got 0"):
+        compare(t2, sources, ["router"], problems=0)
 
 
 def test_bad_input(t2: Transformer2, sources: Any) -> None:

@@ -4,6 +4,7 @@ wrote: one user's way from experts to a table.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -165,3 +166,42 @@ def test_mistakes_with_experts(
     ):
         assert main([words[0], "small", *words[1:]]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_bad_searches_are_found_before_any_work(
+    experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Whatever stands before them in the table, and before the model is loaded."""
+
+    def never(*args: Any) -> Any:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("t2runtime.commands.eval.loaded", never)
+    monkeypatch.setattr("t2runtime.commands.adapt._engine", never)
+    given = ["small", "--task", "other", "--expert", str(experts)]
+    table = ["eval", *given, "--strategy", "none", "prompt", "few-shot", "--method"]
+    found = ["adapt", *given, "--out", str(tmp_path / "found"), "--method"]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "far.safetensors").write_bytes((experts / "far.safetensors").read_bytes())
+    few = ["gradient", "--shots", "2", "--budget", "67"]
+    for words, said in (
+        ([*table, "cem", *few[:1], *few[1:3], "--budget", "127"], "at least 128 forwards"),
+        ([*table, *few], "task 'other': budget must be at least 68 forwards"),
+        ([*found, *few], "budget must be at least 68 forwards"),
+        ([*table, "cem", "gradient", "--l1", "0.1"], "l1 and l2 are for method='gradient'"),
+        ([*table, "gradient", "--l2", "-1"], "l2 must be a finite number of at least 0"),
+        ([*table, "random", "cem", "--elites", "33"], "elites must be in 2..population = 32"),
+        ([*table, "random", "--high", "0.5"], "low..high must hold 0"),
+        ([*table, "random", "--generations", "0"], "generations must be at least 1"),
+        ([*table, "random", "--rows-per-batch", "0"], "rows_per_batch must be at least 1"),
+        ([*table, "cem", "cem"], "methods must be distinct, at least one, got cem, cem"),
+        ([*table, "cem", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        ([*found, "cem", "--elites", "1"], "elites must be in 2..population"),
+    ):
+        assert main(words) == 2, words
+        assert said in capsys.readouterr().err
+    if importlib.util.find_spec("cmaes") is not None:
+        table[table.index(str(experts))] = str(tmp_path / "one")
+        assert main([*table, "cma-es"]) == 2
+        assert "at least 2 dimensions" in capsys.readouterr().err

@@ -48,8 +48,7 @@ def cross_entropy_method(
     True
     """
     kept = check(size, population, generations, low, high, start)
-    if not 2 <= elites <= population:
-        raise ValueError(f"elites must be in 2..population = {population}, got {elites}")
+    check_elites(elites, population)
     generator = torch.Generator().manual_seed(seed)
     centre = torch.full((size,), 1.0 / size if mean is None else mean).clamp(low, high)
     deviation = torch.full((size,), std)
@@ -61,6 +60,12 @@ def cross_entropy_method(
         centre, deviation = elite.mean(0), elite.std(0).clamp(min=std_floor)
         kept = best.member[None]
     return best.result()
+
+
+def check_elites(elites: int, population: int) -> None:
+    """ValueError unless a deviation can be had from the elites."""
+    if not 2 <= elites <= population:
+        raise ValueError(f"elites must be in 2..population = {population}, got {elites}")
 
 
 def check(

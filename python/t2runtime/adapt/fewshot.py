@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 import t2kernels as t2k
-from t2runtime.adapt.cem import SearchResult
+from t2runtime.adapt.cem import SearchResult, check_elites
+from t2runtime.adapt.cem import check as check_members
+from t2runtime.adapt.gradient import gradient_ascent, steps_of
 from t2runtime.adapt.mixtures import TaskMixture, Weights, hashes
-from t2runtime.adapt.search import SEARCHES, black_box
+from t2runtime.adapt.search import SEARCHES, black_box, check_cma_es
 from t2runtime.adapt.shots import (
     Batches,
     answer_and_score,
@@ -185,6 +187,57 @@ def score_members(
     return found.mean(1)
 
 
+def check_search(
+    method: str,
+    shots: int,
+    size: int | None = None,
+    *,
+    per: str = "expert",
+    population: int = 32,
+    elites: int = 6,
+    generations: int = 10,
+    budget: int | None = None,
+    rows_per_batch: int | None = None,
+    low: float = 0.0,
+    high: float = 1.0,
+    l1: float = 0.0,
+    l2: float = 0.0,
+) -> int:
+    """The budget of `search` with these settings and so many shots; before any work it raises what
+    a search would: ValueError for settings that cannot be, ImportError for a missing package.
+
+    size: weights in a member, None where that is not known yet.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if per not in ("expert", "layer"):
+        raise ValueError(f"per must be 'expert' or 'layer', got {per!r}")
+    if shots < 1:
+        raise ValueError("shots must hold at least one labelled problem, got none")
+    if not low <= 0 < 1 <= high:
+        raise ValueError(f"low..high must hold 0 (the base) and 1, got {low}..{high}")
+    check_members(1 if size is None else size, population, generations, low, high, None)
+    Batches(rows_per_batch)
+    each = FORWARDS_PER_SHOT * shots * population
+    budget = each * generations if budget is None else budget
+    if method == "gradient":
+        steps_of(budget, shots, l1=l1, l2=l2)
+        return budget
+    if l1 or l2:
+        raise ValueError(f"l1 and l2 are for method='gradient', got them with {method!r}")
+    if method == "cem":
+        check_elites(elites, population)
+    elif method == "cma-es":
+        check_cma_es(2 if size is None else size, population)
+    if budget < each:
+        raise ValueError(
+            f"budget must be at least {each} forwards, one generation of {population} members "
+            f"x {shots} shots x {FORWARDS_PER_SHOT}, got {budget}. "
+            "Raise it or lower the population"
+        )
+    return budget
+
+
 def search(
     model: Any,
     tokenizer: Any,
@@ -221,12 +274,13 @@ def search(
     Raises ValueError for no shots, unknown names, an empty bank, a range without 0 and 1, and a
     budget that does not suffice for one generation.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if not low <= 0 < 1 <= high:
-        raise ValueError(f"low..high must hold 0 (the base) and 1, got {low}..{high}")
     check_shots(shots)
     space = Space(bank, tuple(names), per)
+    budget = check_search(
+        method, len(shots), space.size, per=per, population=population, elites=elites,
+        generations=generations, budget=budget, rows_per_batch=rows_per_batch, low=low, high=high,
+        l1=l1, l2=l2,
+    )  # fmt: skip
     marks = tuple(map(question_mark, shots))
     batches = Batches(rows_per_batch)
     forwards = 0
@@ -239,11 +293,7 @@ def search(
             batches=batches, chat=chat,
         )  # fmt: skip
 
-    each = FORWARDS_PER_SHOT * len(shots) * population
-    budget = each * generations if budget is None else budget
     if method == "gradient":
-        from t2runtime.adapt.gradient import gradient_ascent
-
         found, used = gradient_ascent(
             model, tokenizer, space, shots, score, budget=budget, low=low, high=high, l1=l1, l2=l2,
             seed=seed, batches=batches, chat=chat,
@@ -251,14 +301,7 @@ def search(
         return FewShot(
             space.weights(found.best), found, space, method, seed, forwards + used, budget, marks
         )
-    if l1 or l2:
-        raise ValueError(f"l1 and l2 are for method='gradient', got them with {method!r}")
-    if budget < each:
-        raise ValueError(
-            f"budget must be at least {each} forwards, one generation of {population} members "
-            f"x {len(shots)} shots x {FORWARDS_PER_SHOT}, got {budget}. "
-            "Raise it or lower the population"
-        )
+    each = FORWARDS_PER_SHOT * len(shots) * population
     own: dict[str, Any] = {"elites": elites} if method == "cem" else {}
     found = black_box(
         method, score, space.size, population=population, generations=budget // each, low=low,

@@ -52,20 +52,9 @@ def gradient_ascent(
     Returns (result, forwards of the climb); those of the scoring are counted by `score`. Raises
     ValueError where the budget does not allow one step.
     """
-    for name, weight in (("l1", l1), ("l2", l2)):
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"{name} must be a finite number of at least 0, got {weight}")
     if restarts < 1 or not lr > 0:
         raise ValueError(f"restarts must be at least 1 and lr above 0, got {restarts} and {lr}")
-    row = len(shots)
-    last = FORWARDS_PER_STEP * row * (restarts + 1)  # the scoring at the end, with the base
-    step_cost = FORWARDS_PER_STEP * row * restarts
-    steps = min(_MOST_STEPS, (budget - last) // step_cost)
-    if steps < 1:
-        raise ValueError(
-            f"budget must be at least {last + step_cost} forwards, one step of {restarts} starts x "
-            f"{row} shots and their scores, got {budget}"
-        )
+    steps = steps_of(budget, len(shots), restarts=restarts, l1=l1, l2=l2)
     parameter = _starts(space, restarts, low, high, seed).to(model.device).requires_grad_()
     optimiser = torch.optim.Adam([parameter], lr)
     top = torch.full((restarts,), -float("inf"), device=model.device)
@@ -83,7 +72,22 @@ def gradient_ascent(
     members = torch.cat([best.cpu(), torch.zeros(1, space.size)])
     found = Best()
     found.rank(members, score(members))
-    return found.result(), steps * step_cost
+    return found.result(), steps * FORWARDS_PER_STEP * len(shots) * restarts
+
+
+def steps_of(budget: int, shots: int, *, restarts: int = _STARTS, l1: float, l2: float) -> int:
+    """How many steps a budget of forwards allows; ValueError for none, and for bad l1 and l2."""
+    for name, weight in (("l1", l1), ("l2", l2)):
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"{name} must be a finite number of at least 0, got {weight}")
+    last = FORWARDS_PER_STEP * shots * (restarts + 1)  # the scoring at the end, with the base
+    step = FORWARDS_PER_STEP * shots * restarts
+    if budget < last + step:
+        raise ValueError(
+            f"budget must be at least {last + step} forwards, one step of {restarts} starts x "
+            f"{shots} shots and their scores, got {budget}. Raise it or take fewer shots"
+        )
+    return min(_MOST_STEPS, (budget - last) // step)
 
 
 def _climb(

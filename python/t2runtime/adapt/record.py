@@ -17,6 +17,7 @@ from typing import Any, Literal
 import t2kernels as t2k
 from t2kernels.files import read_json, write_json
 from t2runtime.adapt.mixtures import Hashes, check_experts, hashes
+from t2runtime.adapt.shots import marks_in, question_marks
 from t2runtime.evaluate import evaluate
 from t2runtime.tasks import Grader, Problem, Source
 
@@ -31,11 +32,13 @@ class Record:
 
     With no knowledge a share of right answers may be anything: the prior is Beta(1, 1), and the
     posterior after r of n right answers Beta(1 + r, 1 + n - r), with mean (1 + r) / (2 + n).
-    experts: {name: hash}; the record is of no use for others.
+    experts: {name: hash}; the record is of no use for others. questions: the marks of the problems
+    that it was measured on (`shots.question_mark`); None where they are not known.
     """
 
     experts: dict[str, str]
     counts: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    questions: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if BASE in self.experts:
@@ -110,9 +113,10 @@ class Record:
     def save(self, path: str | Path) -> None:
         """One JSON file, whole or not at all."""
         counts = {c: {n: list(pair) for n, pair in row.items()} for c, row in self.counts.items()}
-        write_json(
-            path, {"kind": KIND, "version": VERSION, "experts": self.experts, "counts": counts}
-        )
+        facts: dict[str, Any] = {"experts": self.experts, "counts": counts}
+        if self.questions is not None:
+            facts["questions"] = list(self.questions)
+        write_json(path, {"kind": KIND, "version": VERSION, **facts})
 
     @classmethod
     def load(cls, path: str | Path, bank: t2k.ExpertBank | None = None) -> Record:
@@ -123,7 +127,7 @@ class Record:
                 str(category): {str(n): (int(r), int(t)) for n, (r, t) in row.items()}
                 for category, row in facts["counts"].items()
             }
-            made = cls(dict(facts["experts"]), counts)
+            made = cls(dict(facts["experts"]), counts, marks_in(facts))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise t2k.CorruptFileError(f"{path} is not a whole record: {error}.") from error
         if bank is not None:
@@ -149,12 +153,15 @@ def record_of_tasks(
     max_new_tokens: default what each source says.
     """
     record = Record(hashes(bank, list(names)))
+    marks: list[str] = []
     for task, source in sources.items():
         part = measure_record(
             model, tokenizer, bank, names, {task: source(count, "validation", seed)},
             max_new_tokens or source.max_new_tokens, source, rows=rows, chat=chat,
         )  # fmt: skip
         record.counts.update(part.counts)
+        marks += part.questions or ()
+    record.questions = tuple(dict.fromkeys(marks))
     return record
 
 
@@ -173,7 +180,8 @@ def measure_record(
     """The record of the base and of each expert alone on problems by category (validation ones:
     test problems would tell what they are to be chosen for).
     """
-    record = Record(hashes(bank, list(names)))
+    used = question_marks(problem for asked in problems.values() for problem in asked)
+    record = Record(hashes(bank, list(names)), questions=used)
     for name in (None, *names):
         with bank.use(name):
             for category, asked in problems.items():

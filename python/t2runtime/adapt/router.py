@@ -21,7 +21,7 @@ import t2kernels as t2k
 from t2kernels.files import load_tensors, save_tensors
 from t2runtime.adapt.fewshot import Space
 from t2runtime.adapt.mixtures import Hashes, check_experts, hashes
-from t2runtime.adapt.shots import check_shots, log_likelihood, question_mark
+from t2runtime.adapt.shots import check_shots, log_likelihood, marks_in, question_marks
 from t2runtime.generation import encode, forward_parameters
 from t2runtime.tasks import Problem, Source
 
@@ -58,6 +58,8 @@ class Router(nn.Module):
 
     experts: {name: hash} of the experts that it was trained for, in the order of alpha. trained:
     {"questions", "forwards"}: distinct labelled questions and rows that training it took.
+    questions: the marks of these questions (`shots.question_mark`); None where they are not known,
+    as of files from before they were kept.
     """
 
     mean: Tensor
@@ -74,6 +76,7 @@ class Router(nn.Module):
             )
         self.experts, self.width, self.hidden, self.high = dict(experts), width, hidden, high
         self.trained = {"questions": 0, "forwards": 0}
+        self.questions: tuple[str, ...] | None = None
         self.first, self.second = nn.Linear(2 * width, hidden), nn.Linear(hidden, len(experts))
         # The scale of hidden states differs from model to model by orders of magnitude.
         self.register_buffer("mean", torch.zeros(2 * width))
@@ -120,8 +123,10 @@ class Router(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """One safetensors file, its JSON header naming the experts and their hashes."""
-        facts = {"width": self.width, "hidden": self.hidden, "high": self.high,
+        facts: dict[str, Any] = {"width": self.width, "hidden": self.hidden, "high": self.high,
                  "trained": self.trained}  # fmt: skip
+        if self.questions is not None:
+            facts["questions"] = list(self.questions)
         meta = {"kind": KIND, "version": VERSION, "experts": list(self.experts.items()), **facts}
         save_tensors(path, dict(self.state_dict()), meta)
 
@@ -135,6 +140,7 @@ class Router(nn.Module):
             )
             made.load_state_dict(tensors)
             made.trained = {name: int(meta["trained"][name]) for name in made.trained}
+            made.questions = marks_in(meta)
             if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
                 raise ValueError("values that are not finite")
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -215,8 +221,8 @@ def train_router(
         if log is not None:
             log({"step": step + 1, "log_likelihood": float(value.detach())})
     used = cfg.steps * cfg.rows  # rows that go forward and back; each question is looked at once
-    router.trained = {"questions": len(set(map(question_mark, pool))),
-                      "forwards": 2 * used + len(pool)}  # fmt: skip
+    router.questions = question_marks(pool)
+    router.trained = {"questions": len(router.questions), "forwards": 2 * used + len(pool)}
     return router.eval()
 
 

@@ -66,17 +66,7 @@ def cma_es(
 
     Raises ImportError without the package: pip install 't2kernels[search]'.
     """
-    try:
-        from cmaes import CMA
-    except ImportError as error:
-        raise ImportError(
-            f"method 'cma-es' needs the package cmaes: pip install 't2kernels[search]' ({error})"
-        ) from error
-    if size < 2 or population < 2:
-        raise ValueError(
-            f"CMA-ES needs at least 2 dimensions and a population of 2, got {size} and "
-            f"{population}. Use method='cem' or 'random'."
-        )
+    CMA = check_cma_es(size, population)
     kept = check(size, population, generations, low, high, start)
     generator = torch.Generator().manual_seed(seed)
     fresh = torch.rand(population - len(kept), size, generator=generator)
@@ -97,6 +87,22 @@ def cma_es(
         order = best.rank(members, score(members))
         strategy.tell([(asked[index], float(place)) for place, index in enumerate(order)])
     return best.result()
+
+
+def check_cma_es(size: int, population: int) -> Any:
+    """The class of the package; ImportError without it, ValueError for what it cannot search."""
+    try:
+        from cmaes import CMA
+    except ImportError as error:
+        raise ImportError(
+            f"method 'cma-es' needs the package cmaes: pip install 't2kernels[search]' ({error})"
+        ) from error
+    if size < 2 or population < 2:
+        raise ValueError(
+            f"CMA-ES needs at least 2 dimensions and a population of 2, got {size} and "
+            f"{population}. Use method='cem' or 'random'."
+        )
+    return CMA
 
 
 #: The searches that ask for scores only, by name.

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -37,22 +38,82 @@ def check_shots(shots: Sequence[Problem]) -> None:
 
 
 def same_question(problem: Problem) -> str:
-    """What two problems share that count as one question: the prompt, runs of spaces and case
-    aside.
+    """What two problems share that count as one question: the prompt, but for runs of spaces, case,
+    quotes around it, punctuation at its end and other forms of the same characters (wide ones,
+    ligatures, curly quotes, the minus sign).
+
+    Punctuation inside, signs of arithmetic, digits above or below the line, and "!" at the end,
+    which may be a factorial, make another question.
 
     >>> same_question(Problem(" What is  2+2? ", "4", "add"))
-    'what is 2+2?'
+    'what is 2+2'
     """
-    return " ".join(problem.prompt.split()).casefold()
+    text = " ".join(_one_form(problem.prompt).split()).casefold()
+    bare, before = text, ""
+    while bare != before:
+        before = bare
+        bare = bare.rstrip(_ENDS)
+        if len(bare) > 1 and bare[0] == bare[-1] and bare[0] in _QUOTES:
+            bare = bare[1:-1].strip()
+    return bare or text
+
+
+#: What may end a question without making it another.
+_ENDS = "?.,;:。؟ "
+_QUOTES = "\"'`"
+_ALIKE = str.maketrans({
+    **dict.fromkeys("‘’‚‛", "'"), **dict.fromkeys("“”„‟«»", '"'), "−": "-",
+})  # fmt: skip
+#: Forms of a character that say something else than it: 2² is not 22, nor is 1½ 11/2.
+_OTHER = ("<super>", "<sub>", "<fraction>")
+
+
+def _one_form(text: str) -> str:
+    """Unicode's NFKC, less the forms that mean something, and one kind of quotes and of minus."""
+    composed = unicodedata.normalize("NFC", text)
+    folded = (
+        c if unicodedata.decomposition(c).startswith(_OTHER) else unicodedata.normalize("NFKC", c)
+        for c in composed
+    )
+    return unicodedata.normalize("NFC", "".join(folded)).translate(_ALIKE)
 
 
 def question_mark(problem: Problem) -> str:
-    """A short hash of the question, by which a file remembers what was a shot.
+    """A short hash of the question, by which a file remembers what it was made with.
 
-    >>> question_mark(Problem("2+2?", "4", "add")) == question_mark(Problem(" 2+2?", "", "x"))
+    >>> question_mark(Problem("2+2?", "4", "add")) == question_mark(Problem(" 2+2", "", "x"))
     True
     """
-    return hashlib.sha256(same_question(problem).encode()).hexdigest()[:16]
+    return _mark(same_question(problem))
+
+
+def question_marks(problems: Iterable[Problem]) -> tuple[str, ...]:
+    """The marks of problems, each once, in order."""
+    return tuple(dict.fromkeys(map(question_mark, problems)))
+
+
+def is_marked(problem: Problem, marks: Container[str]) -> bool:
+    """Whether the question is among these marks, those of older files included: their rule left
+    only case and runs of spaces aside.
+    """
+    older = _mark(" ".join(problem.prompt.split()).casefold())
+    return question_mark(problem) in marks or older in marks
+
+
+def marks_in(facts: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The marks that a file holds as "questions"; None for one of before they were kept, ValueError
+    for anything else than a list of texts.
+    """
+    marks = facts.get("questions")
+    if marks is not None and (
+        not isinstance(marks, list) or not all(isinstance(mark, str) for mark in marks)
+    ):
+        raise ValueError(f"questions must be a list of texts, got {marks!r:.80}")
+    return None if marks is None else tuple(marks)
+
+
+def _mark(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def leaked(problems: Sequence[Problem], shots: Sequence[Problem]) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import t2kernels as t2k
 from t2kernels.files import check_name
-from t2runtime.adapt.fewshot import FewShot, search
+from t2runtime.adapt.fewshot import FewShot, check_search, search
 from t2runtime.adapt.mixtures import load_mixture, save_mixture
 from t2runtime.adapt.record import Record, record_of_tasks
 from t2runtime.adapt.router import Router, RouterConfig, train_router
@@ -27,7 +27,7 @@ from t2runtime.tasks import Source
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Read the data, find and save, then score what was found beside the base."""
-    at_least_one(args, "shots", "problems", "limit", "rows")
+    at_least_one(args, "shots", "problems", "limit", "rows", "max_new_tokens", "steps")
     named = sources(args.task, **task_data(args))
     if args.method in ("router", "record"):
         return _learned(args, named)
@@ -38,6 +38,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     (task,) = named.values()
     return _mixture(args, task)
+
+
+def experts_to_mix(args: argparse.Namespace) -> int | None:
+    """Weights in a member of a search, as far as that is known without the model."""
+    return len(files(args.expert)) if args.per == "expert" else None
 
 
 def _engine(args: argparse.Namespace) -> Transformer2:
@@ -85,6 +90,7 @@ def _learned(args: argparse.Namespace, named: Mapping[str, Source]) -> dict[str,
         "file": str(out),
         "seconds": seconds,
         "problems": rows[0].score.total,
+        "leaked": rows[0].left_out,
         "chosen": {task: t2.record.choose(task) for task in named} if t2.record else None,
         "never_named": unnamed if args.method == "record" else [],
         "strategies": [row.facts() for row in rows],
@@ -95,6 +101,7 @@ def _mixture(args: argparse.Namespace, task: Source) -> dict[str, Any]:
     """The mixture of a task, by a search on its shots."""
     name = check_name(args.name or task.name, "task")  # now, so that no search is lost by it
     shots = task(args.shots, args.shots_from, args.seed)
+    check_search(args.method, len(shots), experts_to_mix(args), **search_settings(args))
     t2 = _engine(args)
     model, tokenizer, bank = t2.model, t2.tokenizer, t2.bank
     new_tokens = args.max_new_tokens or task.max_new_tokens
@@ -191,6 +198,9 @@ def _show_learned(result: dict[str, Any]) -> str:
             f"  pass 1 names experts of the bank, so never {', '.join(result['never_named'])}: "
             "what the record says of them is of no use"
         )
-    lines.append(f"  on {result['problems']} test problems, 95 % intervals:")
+    lines.append(
+        f"  on {result['problems']} test problems without those it was made with "
+        f"({result['leaked']} left out), 95 % intervals:"
+    )
     table = text_table(result["strategies"])
     return "\n".join([*lines, table, f"  saved: {result['file']}"])

@@ -19,7 +19,7 @@ from t2runtime.adapt.classifier import CategorySource
 from t2runtime.adapt.mixtures import load_mixtures
 from t2runtime.commands.generate import loaded
 from t2runtime.commands.train import targets
-from t2runtime.compare import compare, text_table
+from t2runtime.compare import check_searches, compare, text_table
 from t2runtime.engine import STRATEGIES
 from t2runtime.evaluate import Score, evaluate
 from t2runtime.formats.saved import kind_of, refuse, with_adapter
@@ -41,7 +41,7 @@ _NEEDED_BY = {
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Read the data first, then score the same problems in every way."""
-    at_least_one(args, "limit", "rows", "shots")
+    at_least_one(args, "limit", "rows", "shots", "max_new_tokens")
     named = sources(args.task, **task_data(args))
     if args.strategy or len(named) > 1:
         return _strategies(args, named)
@@ -67,6 +67,11 @@ def _strategies(args: argparse.Namespace, named: Mapping[str, Source]) -> dict[s
     if "classifier" in words and not args.classifier:
         raise ValueError("--strategy classifier needs --classifier FILE, the expert of pass 1")
     mixtures = load_mixtures(args.mixtures) if args.mixtures else None
+    if "few-shot" in words and mixtures is None:  # now, so that no other strategy's work is lost
+        check_searches(
+            named, args.method, args.shots, args.shots_from, args.seed, _size(args),
+            search_settings(args),
+        )  # fmt: skip
     t2, _ = loaded(args)
     rows = compare(
         t2, named, [None if word == NONE else word for word in words], split=args.split,
@@ -84,6 +89,13 @@ def _strategies(args: argparse.Namespace, named: Mapping[str, Source]) -> dict[s
         "repeated_prompts": sum(getattr(task, "repeated", 0) for task in named.values()),
         "strategies": [row.facts() for row in rows],
     }
+
+
+def _size(args: argparse.Namespace) -> int | None:
+    """Weights in a member of a search, as far as that is known without the model."""
+    sorter = Path(args.classifier).resolve() if args.classifier else None
+    paths = [path.resolve() for path, _ in expert_files(args.expert).values()]
+    return len([path for path in paths if path != sorter]) if args.per == "expert" else None
 
 
 def _alone(args: argparse.Namespace, task: Source) -> dict[str, Any]:

@@ -21,8 +21,7 @@ FIXED = "fixed"
 
 def check(args: argparse.Namespace) -> None:
     """Raise for options that do not go together, before anything is loaded."""
-    if args.max_new_tokens is not None and args.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
+    at_least_one(args, "max_new_tokens")
     if args.strategy == "classifier" and not args.classifier:
         raise ValueError("--strategy classifier needs --classifier FILE, the expert of pass 1")
     if args.classifier and args.strategy not in ("classifier", "record"):
@@ -76,8 +75,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Load, convert, fill the bank, answer all prompts."""
     if not args.prompt:
         raise ValueError("--prompt must be given at least once")
-    if args.rows is not None:
-        at_least_one(args, "rows")
+    at_least_one(args, "rows")
     t2, strategy = engine(args)
     outputs = t2.generate(
         args.prompt, strategy, max_new_tokens=args.max_new_tokens, stop=args.stop, task=args.task,

@@ -12,6 +12,7 @@ import pytest
 import t2kernels as t2k
 from t2runtime.adapt.mixtures import hashes
 from t2runtime.adapt.record import Record, measure_record
+from t2runtime.adapt.shots import question_marks
 from t2runtime.tasks import EXACT, Problem
 
 NEW = 3
@@ -53,6 +54,17 @@ def test_measured_saved_and_tied_to_its_experts(
     path = tmp_path / "record.json"
     record.save(path)
     assert Record.load(path, bank) == record
+    assert record.questions == question_marks(shots), "each problem once"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in whole.items() if k != "questions"}))
+    older = Record.load(path, bank)
+    assert older.questions is None and older.counts == record.counts
+    older.save(path)
+    assert Record.load(path) == older
+    path.write_text(json.dumps(whole | {"questions": [1]}))
+    with pytest.raises(t2k.CorruptFileError, match="questions must be a list of texts"):
+        Record.load(path)
+    record.save(path)
     bank.add("a", bank["b"], overwrite=True)
     with pytest.raises(ValueError, match="the record was made for another expert 'a'"):
         Record.load(path, bank)

@@ -10,6 +10,7 @@ import torch
 
 import t2kernels as t2k
 from t2runtime.adapt.router import Router, RouterConfig, features, train_router
+from t2runtime.adapt.shots import question_mark
 from t2runtime.generation import complete
 from t2runtime.tasks import ByAnswer, Problem
 
@@ -64,6 +65,8 @@ def test_learns_reads_training_splits_only_and_is_reloaded(
     router.save(tmp_path / "router.safetensors")
     again = Router.load(tmp_path / "router.safetensors")
     assert again.names == ["b", "a"]
+    assert again.questions == router.questions and again.trained["questions"] == 7
+    assert set(again.questions or ()) == {question_mark(p) for p in taught.problems}
     assert torch.equal(again.alpha(model, tokenizer, questions), alpha)
     with bank.use("a"):  # pass 1 runs on the base, whatever is in force
         inside = again.alpha(model, tokenizer, questions, bank=bank)
@@ -101,6 +104,12 @@ def test_bad_input(bank: t2k.ExpertBank, tokenizer: Any, taught: Taught, tmp_pat
 
     path = tmp_path / "router.safetensors"
     Router({"a": "other"}, 32).save(path)
+    assert Router.load(path).questions is None, "a file of before marks were kept"
+    odd = Router({"a": "other"}, 32)
+    odd.questions = (7,)  # type: ignore[assignment]
+    odd.save(tmp_path / "odd.safetensors")
+    with pytest.raises(t2k.CorruptFileError, match="questions must be a list of texts"):
+        Router.load(tmp_path / "odd.safetensors")
     with pytest.raises(ValueError, match="trained for another expert 'a'"):
         Router.load(path).alpha(model, tokenizer, ["1="], bank=bank)
     with pytest.raises(ValueError, match="needs expert 'z'"):

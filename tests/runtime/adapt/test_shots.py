@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import pytest
@@ -14,8 +15,12 @@ from t2runtime.adapt.shots import (
     answer_and_score,
     encode_shots,
     held_out,
+    is_marked,
     leaked,
     log_likelihood,
+    question_mark,
+    question_marks,
+    same_question,
 )
 from t2runtime.generation import answer_log_probs, complete, forced
 from t2runtime.tasks import Problem
@@ -34,6 +39,57 @@ def test_a_leak_is_seen_through_spaces_and_case() -> None:
         held_out(problems[1:2], shots)
     with pytest.raises(ValueError, match="on_leak must be"):
         held_out(problems, shots, "ignore")  # type: ignore[arg-type]
+
+
+SAME = [
+    ("What is 2+2?", "What is 2+2"),
+    ("What is 2+2?", " \u201cwhat is  2+2 ?\u201d "),
+    ("What is 2+2?", "\uff37hat is 2\uff0b2\uff1f"),
+    ("What's 5 \u2212 2?", "what\u2019s 5 - 2..."),
+    ("Say 'x'.", "say 'x'"),
+    ("the \ufb01rst one", "The first one:"),
+    ("re\u0301sume\u0301?", "r\u00e9sum\u00e9"),
+    ("''2+2=''", "2+2="),
+]
+DIFFERENT = [
+    ("2-2", "2+2"),
+    ("What is 2-2?", "What is 2+2?"),
+    ("What is 2\u00b2?", "What is 22?"),
+    ("What is 1\u00bd?", "What is 11/2?"),
+    ("H\u2082O", "H2O"),
+    ("What is 3!", "What is 3"),
+    ("2+2=", "2+2"),
+    ("1.5", "15"),
+    ("-2", "2"),
+    ("What is f'?", "What is f?"),
+    ("a, b", "a b"),
+    ("(2)", "2"),
+    ("?", "."),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), SAME)
+def test_one_question_in_two_forms(one: str, other: str) -> None:
+    first, second = (Problem(text, "1", "x") for text in (one, other))
+    assert same_question(first) == same_question(second)
+    assert leaked([first], [second]) == [0] and is_marked(first, {question_mark(second)})
+
+
+@pytest.mark.parametrize(("one", "other"), DIFFERENT)
+def test_two_questions_stay_two(one: str, other: str) -> None:
+    first, second = (Problem(text, "1", "x") for text in (one, other))
+    assert leaked([first], [second]) == [] and not is_marked(first, {question_mark(second)})
+
+
+def test_marks_of_older_files_are_known() -> None:
+    """As files had them before: the prompt in small letters with single spaces, hashed."""
+    older = {hashlib.sha256(b"what is 2+2?").hexdigest()[:16]}
+    assert is_marked(Problem(" What is  2+2?", "", "x"), older)
+    assert not is_marked(Problem("What is 2-2?", "", "x"), older)
+    assert question_mark(Problem("What is 2+2?", "", "x")) not in older
+    assert question_marks([Problem(p, "", "x") for p in ("a?", "b", "a")]) == tuple(
+        question_mark(Problem(p, "", "x")) for p in "ab"
+    )
 
 
 def test_log_likelihood_is_that_of_the_answer_and_its_end(
