@@ -75,7 +75,8 @@ def source(
         return _categories(named.split("+"), data, on_bad_lines, small, descriptions)
     if descriptions is not None:
         raise ValueError(
-            f"descriptions are for '{OF_SEVERAL}a+b', whose questions show them, got task {name!r}"
+            f"descriptions of experts (--expert) are for '{OF_SEVERAL}a+b', whose questions show "
+            f"them, got task {name!r}"
         )
     generated = tasks.CATEGORIES
     told = name.startswith(stories.PREFIX)

@@ -396,7 +396,7 @@ def test_categories_that_cannot_be(parts: str, more: dict[str, Any], said: str) 
 
 
 def test_descriptions_are_for_categories() -> None:
-    with pytest.raises(ValueError, match="descriptions are for 'category:a.b'"):
+    with pytest.raises(ValueError, match="descriptions of experts .* are for 'category:a.b'"):
         source("add", descriptions={})
 
 

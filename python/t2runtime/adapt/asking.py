@@ -100,7 +100,14 @@ def servable(
     reached: set[str] = set()
     for name in own.names:
         meant = meaning(name, own)
-        check_mixture(bank, meant, f"category {name!r} of the classifier {classifier!r}", hashed)
+        try:
+            check_mixture(
+                bank, meant, f"category {name!r} of the classifier {classifier!r}", hashed
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; or train the classifier for the experts there are"
+            ) from None
         reached |= _experts(meant)
     answering = {name for name in bank.names if not classifies(bank[name])}
     if new := sorted(answering - reached - told):

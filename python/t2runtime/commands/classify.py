@@ -33,7 +33,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.task, data=args.data, small=args.model == "small", descriptions=descriptions(args)
     )
     categories, questions, answers = asked(problems, args.limit, args.split, args.seed)
-    experts = {Path(file).stem: t2k.Expert.load(file) for file in args.classifier}
+    experts: dict[str, t2k.Expert] = {}
+    for file in map(Path, args.classifier):
+        if file.stem in (BASE, *experts):
+            raise ValueError(f"--classifier: two rows would be called {file.stem!r}; rename a file")
+        experts[file.stem] = t2k.Expert.load(file)
     rows = ways(categories, experts, set(answers))
     model, tokenizer = load(args.model, args.dtype, args.device)
     t2k.convert(model, targets=targets(args.targets), decomposition=args.factors, progress=False)

@@ -236,7 +236,7 @@ def test_other_names_than_the_banks(tokenizer: Any, bank_of: Any) -> None:
     )
     assert t2.mixture_of("code") == {"math": 0.5}
     bank.remove("math")
-    with pytest.raises(ValueError, match="needs expert 'math'"):
+    with pytest.raises(ValueError, match="needs expert 'math'.* or train the classifier for"):
         t2.dispatch(["1+1"], "classifier")
 
 
@@ -310,6 +310,8 @@ def test_commands_refuse_another_question(
     assert set(json.loads(capsys.readouterr().out)["reports"]) == {"base", "sorter"}
     assert main([*words, "--task", "category:add+order"]) == 2
     assert "'sorter' was trained to name, add, max, other; got order" in capsys.readouterr().err
+    assert main([*words, "--task", "category:add+max", "--classifier", file]) == 2
+    assert "two rows would be called 'sorter'" in capsys.readouterr().err
     words = ("eval", "small", "--limit", "6", "--expert", file, "--json")
     assert main([*words, "--task", "category:add+max+other"]) == 0
     capsys.readouterr()
