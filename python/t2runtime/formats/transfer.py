@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 import t2kernels as t2k
+from t2runtime.adapt.asking import KEY
 
 ORDERS = ("sigma", "shuffled")
 
@@ -31,10 +32,10 @@ def transfer(expert: t2k.Expert, model: Any, order: str = "sigma", *, seed: int 
     order: "sigma", the k-th z to the k-th singular value; or "shuffled", to a random one, another
     permutation per layer, which follows from `seed` and the layer's name alone.
 
-    Layers of the model that the expert lacks stay at the base. Of the metadata the task is kept;
-    what was measured on the other model is not. Raises ValueError for another order,
-    a layer that the model lacks and a rank that differs, by name; `convert` the model with the
-    targets and the rank of the expert's own.
+    Layers of the model that the expert lacks stay at the base. Of the metadata the task is kept,
+    and what a classification expert is asked; what was measured on the other model is not. Raises
+    ValueError for another order, a layer that the model lacks and a rank that differs, by name;
+    `convert` the model with the targets and the rank of the expert's own.
     """
     layers = t2k.svf_layers(model)
     if not layers:
@@ -74,8 +75,7 @@ def transfer_to(
         z[layer] = values[mixed] if order == "shuffled" else values
     origin = {"from": expert.base_model, "order": order}
     facts: dict[str, Any] = {"transfer": origin | ({"seed": seed} if order == "shuffled" else {})}
-    if "task" in expert.metadata:
-        facts["task"] = expert.metadata["task"]
+    facts |= {key: expert.metadata[key] for key in ("task", KEY) if key in expert.metadata}
     prints = {layer: bases[layer].fingerprint for layer in z}
     return t2k.Expert(z, prints, base_model, expert.description, facts)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import t2kernels as t2k
+from t2runtime.adapt.prompt import Categories
 from t2runtime.cli import main
 from t2runtime.formats.transfer import transfer
 
@@ -71,9 +72,11 @@ def test_a_shuffle_is_a_permutation_that_the_seed_decides(
 
 def test_what_was_measured_elsewhere_is_not_kept(pair: tuple[Any, Any], tools: Any) -> None:
     expert = tools.random_expert(pair[0], 0)
-    expert.metadata = {"task": "add", "validation": 0.9}
+    asked = Categories(("add", "max")).facts()
+    expert.metadata = {"task": "add", "validation": 0.9, "categories": asked}
     moved = transfer(expert, pair[1])
-    assert moved.metadata == {"task": "add", "transfer": {"from": None, "order": "sigma"}}
+    kept = {"task": "add", "categories": asked}
+    assert moved.metadata == {**kept, "transfer": {"from": None, "order": "sigma"}}
     assert moved.description == expert.description
 
 
