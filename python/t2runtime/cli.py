@@ -196,7 +196,7 @@ def _answer_options(p: argparse.ArgumentParser) -> None:
         "prompt, on the base or under --classifier, or its probabilities are the weights; or the "
         "mixture that was found for --task; or what --router or --record says of the prompt",
     )
-    p.add_argument("--classifier", metavar="FILE", help="expert under which pass 1 runs")
+    options.dispatching(p)
     p.add_argument("--mixtures", metavar="DIR", help="what `t2 adapt` found, one file a task")
     p.add_argument(
         "--task", type=_task_name, help="the task whose mixture is used, or its .jsonl file"

@@ -152,6 +152,14 @@ def at_least_one(args: argparse.Namespace, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {given}")
 
 
+def dispatching(p: argparse.ArgumentParser) -> None:
+    """Of commands that answer in two passes."""
+    p.add_argument("--classifier", metavar="FILE", help="expert under which pass 1 runs")
+    p.add_argument("--base-answers", action="append", default=[], metavar="CATEGORY",
+                   help="pass 1 may name it, and no expert is wanted; may be given several "
+                   "times")  # fmt: skip
+
+
 def describing(p: argparse.ArgumentParser) -> None:
     """Of commands that ask category questions."""
     p.add_argument("--expert", action="append", default=[], metavar="FILE", help="of category:a+b: "
@@ -183,7 +191,7 @@ def evaluating(p: argparse.ArgumentParser) -> None:
                    help="compare these in one table, through the engine: prompt, classifier, "
                    "mixture, few-shot, router, record, none (the base), or an expert's name; what "
                    "is not given as a file is found first and its cost reported")  # fmt: skip
-    p.add_argument("--classifier", metavar="FILE", help="expert under which pass 1 runs")
+    dispatching(p)
     p.add_argument("--mixtures", metavar="DIR", help="of few-shot: what `t2 adapt` found")
     p.add_argument("--router", metavar="FILE", help="what `t2 adapt --method router` wrote")
     p.add_argument("--record", metavar="FILE", help="what `t2 adapt --method record` wrote")

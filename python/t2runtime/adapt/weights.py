@@ -33,7 +33,8 @@ def check_mixture(
         if name not in bank:
             raise ValueError(
                 f"{what} needs expert {name!r}, the bank has {', '.join(bank.names) or 'none'}. "
-                "Add it, or say mixtures={category: None} for a category that the base answers"
+                "Add it, or say mixtures={category: None} (--base-answers CATEGORY) for a category "
+                "that the base answers"
             )
         if not is_weight(weight):
             raise ValueError(

@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     named = sources(args.task, **task_data(args))
     if args.strategy or len(named) > 1:
         return _strategies(args, named)
-    for option in ("classifier", "mixtures", "router", "record"):
-        if getattr(args, option):
+    for option in ("classifier", "mixtures", "router", "record", "base-answers"):
+        if getattr(args, option.replace("-", "_")):
             raise ValueError(f"--{option} is for --strategy: say which are to be compared")
     (task,) = named.values()
     return _alone(args, task)

@@ -28,6 +28,11 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             "--classifier is for pass 1: give --strategy classifier or record, or leave it out"
         )
+    if args.base_answers and args.strategy not in ("prompt", "classifier", "mixture"):
+        raise ValueError(
+            "--base-answers is for categories of --strategy prompt, classifier or mixture, got "
+            f"{args.strategy}"
+        )
     for name in ("router", "record"):
         if (args.strategy == name) != bool(getattr(args, name)):
             raise ValueError(
@@ -59,6 +64,7 @@ def loaded(
     meant: dict[str, Mixture] = {
         name: {name: weight} for name, weight in weights.items() if weight != 1
     }
+    meant |= dict.fromkeys(args.base_answers)
     classifier = Path(args.classifier) if args.classifier else None
     if classifier and classifier.resolve() in (path.resolve() for path, _ in given.values()):
         classifier = Path(classifier.stem)  # one of a folder of experts: loaded already

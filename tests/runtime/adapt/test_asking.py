@@ -294,6 +294,27 @@ def test_damaged_metadata(damage: Any, said: str, tokenizer: Any, bank_of: Any) 
         Transformer2(bank.model, tokenizer, bank, classifier="sorter")
 
 
+def test_the_base_may_answer_a_category(
+    small: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pass 1 may still name it; without the word the missing expert is an error."""
+    add, sorter = str(tmp_path / "add.safetensors"), str(tmp_path / "sorter.safetensors")
+    expert(small[0], 1).save(add)
+    expert(small[0], metadata={KEY: SMALL.facts()}).save(sorter)
+    words = ("generate", "small", "--expert", add, "--prompt", "flip 48213=", "--json",
+             "--max-new-tokens", "2", "--classifier", sorter, "--strategy")  # fmt: skip
+    assert main([*words, "classifier"]) == 2
+    assert "needs expert 'reverse'" in (said := capsys.readouterr().err)
+    assert "(--base-answers CATEGORY)" in said
+    rest = [word for name in SMALL.names[1:] for word in ("--base-answers", name)]
+    assert main([*words, "classifier", *rest]) == 0, capsys.readouterr().err
+    (row,) = json.loads(capsys.readouterr().out)["outputs"]
+    assert set(row["probabilities"]) == {*SMALL.names, "other"}
+    assert row["mixture"] == ("add" if row["category"] == "add" else None)
+    assert main([*words[:-3], "--base-answers", "max"]) == 2
+    assert "--base-answers is for categories of" in capsys.readouterr().err
+
+
 def test_facts_come_back_from_a_file(tiny: Any, tmp_path: Path) -> None:
     expert(tiny, metadata={KEY: WAY.facts()}).save(tmp_path / "x.safetensors")
     assert trained_to_name(t2k.Expert.load(tmp_path / "x.safetensors"), "x") == WAY
