@@ -27,6 +27,19 @@ def _check_layer_name(name: object) -> None:
         )
 
 
+def _number(value: object) -> float | None:
+    """A real number, or that of a tensor (); TypeError for other tensors, else None."""
+    if isinstance(value, Tensor):
+        if value.dim() or value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(
+                "Expert: a factor must be a number or a real tensor (), got a tensor "
+                f"{tuple(value.shape)} {value.dtype}."
+            )
+        return float(value.detach())
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if real else None  # type: ignore[arg-type]
+
+
 @dataclass(eq=False)
 class Expert:
     """z per layer (paper, section 3.1), 1 = base, whatever parametrisation it was trained in.
@@ -39,7 +52,8 @@ class Expert:
         metadata: anything JSON can hold (task, data, reward, metrics).
 
     Experts form a vector space of deviations from the base: ``0.7 * math + 0.3 * code`` has
-    z = 1 + 0.7·(z_math − 1) + 0.3·(z_code − 1), the mixture {"math": 0.7, "code": 0.3}.
+    z = 1 + 0.7·(z_math − 1) + 0.3·(z_code − 1), the mixture {"math": 0.7, "code": 0.3}. A factor
+    may be a tensor of no dimensions; no gradient goes back to it (alpha of ``bank.use`` has one).
 
     >>> import torch
     >>> half = 0.5 * Expert({"up": torch.tensor([3.0, 1.0])})
@@ -187,17 +201,17 @@ class Expert:
 
     # -- the vector space of deviations --------------------------------------------------------
 
-    def __mul__(self, factor: float) -> Expert:
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+    def __mul__(self, factor: float | Tensor) -> Expert:
+        number = _number(factor)
+        if number is None:
             return NotImplemented
-        return self._derived({n: 1 + float(factor) * (z - 1) for n, z in self.z.items()})
+        return self._derived({n: 1 + number * (z - 1) for n, z in self.z.items()})
 
     __rmul__ = __mul__
 
-    def __truediv__(self, divisor: float) -> Expert:
-        if isinstance(divisor, bool) or not isinstance(divisor, (int, float)):
-            return NotImplemented
-        return self * (1 / divisor)
+    def __truediv__(self, divisor: float | Tensor) -> Expert:
+        number = _number(divisor)
+        return NotImplemented if number is None else self * (1 / number)
 
     def __neg__(self) -> Expert:
         return self * -1.0

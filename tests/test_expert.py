@@ -91,6 +91,19 @@ def test_sum_and_division():
         a / 0
 
 
+def test_a_tensor_of_no_dimensions_is_a_factor():
+    """From both sides, of any real dtype; alpha that is learned belongs into `bank.use`."""
+    a = random_expert(make_model(), 1)
+    half = torch.tensor(0.5, requires_grad=True)
+    for made in (half * a, a * half, a / torch.tensor(2), torch.tensor(0.5).bfloat16() * a):
+        for name, z in made.z.items():
+            torch.testing.assert_close(z, (0.5 * a).z[name])
+    for wrong in (torch.tensor([0.5]), torch.tensor(True), torch.tensor(1j)):
+        for call in (lambda: a * wrong, lambda: wrong * a, lambda: a / wrong):  # noqa: B023
+            with pytest.raises(TypeError, match="a factor must be a number or a real"):
+                call()
+
+
 def test_algebra_refuses_other_base_weights():
     a, b = random_expert(make_model(0)), random_expert(make_model(1))
     with pytest.raises(ValueError, match="different base weights"):
