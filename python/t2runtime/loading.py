@@ -66,6 +66,7 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any
     chosen = DTYPES.get(dtype, torch.float32 if device == "cpu" else "auto")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    _refuse_images(name, where)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=chosen).to(device).eval()
@@ -77,3 +78,22 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any
         # Written into experts as their base model: the place of the package means nothing there.
         model.config._name_or_path = SMALL_NAME
     return model, tokenizer
+
+
+def _refuse_images(name: str, where: str) -> None:
+    """ValueError for a model that transformers knows with images only (LLaVA)."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+    )
+
+    config = AutoConfig.from_pretrained(where)
+    kind = type(config)
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"MODEL {name!r} reads images ({config.model_type}) and is not loaded by name. Load it "
+            "with transformers' AutoModelForImageTextToText, convert its language model, and make "
+            "Transformer2(model, tokenizer, bank); images go into prompts by "
+            "t2runtime.vision.gallery (docs/vision.md)"
+        )

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2runtime.request import count
+
 _NAMED = re.compile(r"<image (\d+)>")
 _PLAIN = "<image>"
 
@@ -38,7 +40,9 @@ class Gallery:
         images: (count, channels, height, width), as the model's vision tower takes them.
         tokens: places that an image fills in a row.
 
-    The hook stays with the model until `close()`.
+    The hook stays with the model until `close()`. Raises TypeError for another kind of model or of
+    number, ValueError for images of another shape and where the model makes another number of
+    places of the first image.
     """
 
     def __init__(self, model: Any, images: Tensor, tokens: int) -> None:
@@ -53,9 +57,10 @@ class Gallery:
                 "images must be a float tensor (count, channels, height, width), "
                 f"got {tuple(images.shape)} {images.dtype}"
             )
-        if tokens < 1:
-            raise ValueError(f"tokens must be at least 1, got {tokens}")
-        self.images, self.tokens = images, tokens
+        self.images, self.tokens = images, count("tokens", tokens)
+        if len(images):
+            with torch.no_grad():
+                self._features(model, images[:1])  # raises now, not in the midst of a batch
         self.first = int(model.get_input_embeddings().num_embeddings)
         self._handle = model.register_forward_pre_hook(self._show, with_kwargs=True)
 
@@ -72,6 +77,35 @@ class Gallery:
             raise ValueError(f"the prompt names image {number}, the gallery holds {len(self)}")
         return [self.first + number] * self.tokens
 
+    def _features(self, model: Any, images: Tensor) -> Tensor:
+        """(images, tokens, width), what the model makes of images."""
+        made = model.get_image_features(pixel_values=images.to(model.device, model.dtype))
+        each = list(getattr(made, "pooler_output", made))
+        wrong = [len(one) for one in each if len(one) != self.tokens]
+        if wrong:
+            raise ValueError(
+                f"tokens must be the places that the model makes of an image: {wrong[0]}, got "
+                f"{self.tokens}"
+            )
+        return torch.stack(each)
+
+    def _check(self, ids: Tensor, seen: Tensor) -> None:
+        """ValueError unless each row holds whole images that the gallery has."""
+        for row, mine in zip(ids.tolist(), seen.tolist(), strict=True):
+            places = [token - self.first for token, image in zip(row, mine, strict=True) if image]
+            for start in range(0, len(places), self.tokens):
+                one = places[start : start + self.tokens]
+                if one[0] >= len(self):
+                    raise ValueError(
+                        f"input_ids name image {one[0]}, the gallery holds {len(self)}"
+                    )
+                if len(one) < self.tokens or len(set(one)) > 1:
+                    raise ValueError(
+                        f"input_ids must hold all {self.tokens} places of each image of a row, got "
+                        f"{one.count(one[0])} of image {one[0]}: cut a row of ids before or behind "
+                        "an image, never inside"
+                    )
+
     def _show(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -80,18 +114,10 @@ class Gallery:
         if ids is None or not bool((ids >= self.first).any()):
             return None
         seen = ids >= self.first
-        places = ids[seen] - self.first  # row by row
-        whole = len(places) % self.tokens == 0
-        numbers = places.view(-1, self.tokens) if whole else places[:, None]
-        if not whole or bool((numbers != numbers[:, :1]).any()):
-            raise ValueError(
-                f"input_ids must hold all {self.tokens} places of each image, got a part of one: "
-                "cut a row of ids before or behind an image, never inside"
-            )
+        self._check(ids, seen)
+        numbers = (ids[seen] - self.first).view(-1, self.tokens)  # row by row
         distinct, which = numbers[:, 0].unique(return_inverse=True)
-        pixels = self.images[distinct.to(self.images.device)].to(model.device, model.dtype)
-        made = model.get_image_features(pixel_values=pixels)
-        features = torch.stack(list(getattr(made, "pooler_output", made)))
+        features = self._features(model, self.images[distinct.to(self.images.device)])
         # A token of the model's own for images that was sampled stays a token: it names no image.
         embedded = model.get_input_embeddings()(ids.masked_fill(seen, self._token))
         embedded = embedded.masked_scatter(seen[..., None], features[which].to(embedded.dtype))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import t2kernels as t2k
 from t2runtime import base_model
+from t2runtime.cli import main
 from t2runtime.engine import Transformer2
 from t2runtime.generation import complete, forced, token_log_probs
 from t2runtime.vision.gallery import Gallery, PictureTokenizer, mention
-from t2runtime.vision.llava import TOKENS, build_tokenizer
+from t2runtime.vision.llava import TOKENS, build_tokenizer, convert_language
 
 PROMPTS = (
     f"{mention(0)} what color is the shape?",
@@ -71,6 +74,26 @@ def test_the_engine_answers_prompts_with_images(
     assert "image 999" in str(missing[0].error) and missing[1].error is None
 
 
+def test_a_folder_of_a_llava_is_refused_with_the_way_to_go(
+    seeing: tuple[Any, Any], bank: t2k.ExpertBank, tmp_path: Path
+) -> None:
+    """And that way answers texts, too, without a gallery."""
+    model, _ = seeing
+    text = build_tokenizer()
+    model.save_pretrained(tmp_path)
+    text.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"reads images \(llava\).*AutoModelForImageTextToText"):
+        Transformer2.from_pretrained(str(tmp_path), device="cpu")
+    assert main(["generate", str(tmp_path), "--prompt", "a red circle."]) == 2
+    loaded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    convert_language(loaded)
+    again = t2k.ExpertBank(loaded)
+    again.add("one", bank["one"])
+    (out,) = Transformer2(loaded, text, again).generate([PROMPTS[2]], "one", max_new_tokens=4)
+    (want,) = Transformer2(model, text, bank).generate([PROMPTS[2]], "one", max_new_tokens=4)
+    assert out.error is None and out.text == want.text
+
+
 def test_gradients_under_mixtures_reach_alpha(
     seeing: tuple[Any, Any], bank: t2k.ExpertBank
 ) -> None:
@@ -85,8 +108,27 @@ def test_gradients_under_mixtures_reach_alpha(
 def test_a_part_of_an_image_is_refused(seeing: tuple[Any, Any]) -> None:
     model, tokenizer = seeing
     ids = tokenizer(PROMPTS[0])["input_ids"]
-    with pytest.raises(ValueError, match=f"all {TOKENS} places of each image"):
+    with pytest.raises(ValueError, match=f"all {TOKENS} places .*, got {TOKENS - 3} of image 0"):
         model(input_ids=torch.tensor([ids[4:]]))
+    first = tokenizer._gallery.first
+    half = TOKENS // 2
+    with pytest.raises(ValueError, match=f"all {TOKENS} places .*, got {half} of image 3"):
+        # Two rows that hold as many places as one image.
+        model(input_ids=torch.tensor([[1] + [first + 3] * half, [1] + [first + 3] * half]))
+    mixed = [first + 1] * (TOKENS - 1) + [first + 2] * (TOKENS + 1)
+    with pytest.raises(ValueError, match=f"got {TOKENS - 1} of image 1"):
+        model(input_ids=torch.tensor([[1, *mixed]]))
+    with pytest.raises(ValueError, match="input_ids name image 999, the gallery holds"):
+        model(input_ids=torch.tensor([[first + 999] * TOKENS]))
+
+
+@pytest.mark.parametrize("tokens", [TOKENS - 1, TOKENS + 1, 2 * TOKENS])
+def test_a_wrong_number_of_places_is_refused(
+    seeing: tuple[Any, Any], data: Any, tokens: int
+) -> None:
+    said = f"places that the model makes of an image: {TOKENS}, got {tokens}"
+    with pytest.raises(ValueError, match=said):
+        Gallery(seeing[0], data.images, tokens)
 
 
 def test_what_cannot_be_read_is_said(seeing: tuple[Any, Any], data: Any) -> None:
@@ -101,6 +143,8 @@ def test_what_cannot_be_read_is_said(seeing: tuple[Any, Any], data: Any) -> None
         Gallery(model, data.images.byte(), TOKENS)
     with pytest.raises(ValueError, match="tokens must be at least 1"):
         Gallery(model, data.images, 0)
+    with pytest.raises(TypeError, match="tokens must be an int"):
+        Gallery(model, data.images, float(TOKENS))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must know '<image>' as one token"):
         PictureTokenizer(base_model.build_tokenizer(), tokenizer._gallery)
 
