@@ -22,7 +22,7 @@ import t2kernels as t2k
 from t2runtime.generation import Completions, answer_log_probs, token_log_probs
 from t2runtime.meter import Meter
 from t2runtime.skeleton import skeleton
-from t2runtime.train.blocks import checkpointed
+from t2runtime.train.blocks import checkpointed, supports
 from t2runtime.train.reinforce import exact_kl, sampled_kl
 
 OBJECTIVES = ("reinforce", "next-token")
@@ -89,15 +89,20 @@ class Settings:
 def plan(folder: Path, settings: Settings) -> dict[str, Any]:
     """Bytes and FLOPs of one step for the model whose config.json is in ``folder``.
 
-    Raises ValueError for targets that match nothing, RuntimeError where the model cannot be run
-    without weights (blocks that route tokens by their values).
+    Of a model without gradient checkpointing there are no numbers for it, and "no_checkpointing"
+    says why. Raises ValueError for targets that match nothing, RuntimeError where the model cannot
+    be run without weights (blocks that route tokens by their values).
     """
     _register_attention()
     model = skeleton(folder, settings.dtype, _ATTENTION)
     dense = _dense_flops(model, settings)
     rollout = _rollout(model, settings) if settings.objective == "reinforce" else {}
     layers, skipped = install(model, settings.targets, settings.rank)
-    steps = {how: gradient_step(model, settings, how) for how in KEEP}
+    ways, why = list(KEEP), None
+    if not supports(model):
+        ways, kind = list(KEEP[:-1]), type(model).__name__
+        why = f"{kind} does not support gradient checkpointing: lower rows_per_backward instead"
+    steps = {how: gradient_step(model, settings, how) for how in ways}
     ranks = sum(layer.rank for layer in layers.values())
     fixed = {
         "weights": _bytes([*model.parameters(), *model.buffers()]) - 4 * ranks,
@@ -122,6 +127,7 @@ def plan(folder: Path, settings: Settings) -> dict[str, Any]:
         "layers": len(layers),
         "values": ranks,
         "skipped": skipped,
+        "no_checkpointing": why,
         "bytes": {**fixed, "activations": activations, "rollout": rollout},
         "peak": peak,
         "flops": {k: v * settings.rows // settings.backward for k, v in flops.items()},

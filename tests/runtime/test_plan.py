@@ -336,3 +336,22 @@ def test_the_meter_knows_what_was_there() -> None:
         product = view @ view
         del product
     assert meter.peak == 400 and meter.now == 0 and meter.flops == 2000
+
+
+def test_a_model_without_gradient_checkpointing_is_planned_without_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = transformers.CTRLConfig(
+        vocab_size=64, n_embd=32, dff=48, n_layer=2, n_head=2, n_positions=64
+    )
+    config.architectures = ["CTRLLMHeadModel"]
+    config.save_pretrained(tmp_path)
+    found = plan(tmp_path, Settings(rows=2, tokens=8, objective="next-token", kl="none"))
+    assert list(found["bytes"]["activations"]) == list(KEEP[:-1]) == ["keep", "recompute"]
+    assert "gradient, checkpointing" not in found["peak"] | found["flops"]
+    words = ["plan", str(tmp_path), "--tokens", "8", "--max-new-tokens", "4"]
+    assert main([*words, "--objective", "next-token"]) == 0
+    shown = capsys.readouterr().out
+    assert "CTRLLMHeadModel does not support gradient checkpointing" in shown
+    assert plan(written(tmp_path / "llama", _LLAMA_1B), Settings(rows=1, rows_per_backward=1,
+                tokens=4, targets="mlp"))["no_checkpointing"] is None  # fmt: skip

@@ -55,6 +55,7 @@ def show(result: dict[str, Any]) -> str:
         *(_row(f"rollout, {name}", size) for name, size in of["rollout"].items()),
         "peak of each phase, GiB (without fragmentation and what CUDA itself takes)",
         *(_row(name, size) for name, size in result["peak"].items()),
+        *([result["no_checkpointing"]] if result["no_checkpointing"] else []),
         "arithmetic of a step, TFLOP",
     ]
     seconds = result["seconds"]

@@ -18,7 +18,7 @@ def checkpointed(model: Any, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    if not getattr(model, "supports_gradient_checkpointing", False):
+    if not supports(model):
         raise ValueError(
             f"gradient_checkpointing: {type(model).__name__} does not support it; turn it off and "
             "lower rows_per_backward instead"
@@ -51,6 +51,11 @@ def checkpointed(model: Any, wanted: bool) -> Iterator[None]:
         for module, function in zip(deciding, functions, strict=True):
             module._gradient_checkpointing_func = function
         getattr(model, f"{named}_checkpointing_disable")()
+
+
+def supports(model: Any) -> bool:
+    """Whether the model's blocks can be computed again in backward."""
+    return bool(getattr(model, "supports_gradient_checkpointing", False))
 
 
 def _is_block(module: Any) -> bool:
