@@ -30,9 +30,10 @@ NAME = "t2_invariant"
 def invariant_model(model: Any) -> Iterator[None]:
     """Inside, a row's logits depend on nothing else in the batch; use with `t2k.batch_invariant()`.
 
-    Raises RuntimeError where that cannot be had: outside that mode, for a model whose attention
-    cannot be replaced, or that multiplies with parameters of three dimensions (mixtures of
-    experts).
+    Raises RuntimeError where that cannot be had, before anything is computed: outside that mode;
+    for parameters of more than two dimensions (mixtures of experts, convolutions, vision towers),
+    attention that cannot be replaced or caps its scores, and rotations that depend on the longest
+    row. Attention with sinks, or without a mask, is refused where it is met.
     """
     if not t2k.is_batch_invariant():
         raise RuntimeError("invariant_model: enter t2kernels.batch_invariant() first")
@@ -70,6 +71,12 @@ def _check(model: Any) -> None:
         raise RuntimeError(
             f"batch-invariant mode: the model has parameters of more than two dimensions "
             f"({deep[0]}), whose products it does not control. Generate outside batch_invariant()"
+        )
+    cap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    if cap is not None:
+        raise RuntimeError(
+            f"batch-invariant mode: the attention of {type(model).__name__} caps its scores "
+            f"(attn_logit_softcapping={cap}), which it cannot. Generate outside batch_invariant()"
         )
     if not getattr(model, "_supports_attention_backend", False):
         raise RuntimeError(
@@ -153,7 +160,10 @@ def _attention(
     if attention_mask is None:
         raise RuntimeError("batch-invariant attention: the model gave no mask")
     if more.get("softcap") is not None or more.get("sinks") is not None:
-        raise RuntimeError("batch-invariant attention has no soft cap and no sinks")
+        raise RuntimeError(
+            "batch-invariant attention has no soft cap and no sinks. Generate outside "
+            "batch_invariant()"
+        )
     groups = query.shape[1] // key.shape[1]
     floor = torch.finfo(query.dtype).min
     mask = attention_mask.expand(query.shape[0], -1, -1, -1)

@@ -14,7 +14,7 @@ import torch
 import t2kernels as t2k
 from t2runtime import tasks
 from t2runtime.engine import Transformer2
-from t2runtime.invariant import NAME, invariant_model
+from t2runtime.invariant import NAME, _attention, invariant_model
 
 transformers = pytest.importorskip("transformers")
 BATCHES = int(os.environ.get("INVARIANT_BATCHES", "5"))
@@ -60,6 +60,12 @@ def test_texts_alone_equal_texts_in_random_batches(small: Any) -> None:
                 assert output.mixture == alone[key].mixture
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 61, "hidden_size": 36, "intermediate_size": 53, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
 def odd_llama() -> Any:
     """Sizes that are multiples of nothing, grouped heads, an lm_head of its own."""
     config = transformers.LlamaConfig(
@@ -87,7 +93,14 @@ def odd_gemma() -> Any:
     return transformers.Gemma3ForCausalLM(config)
 
 
-@pytest.mark.parametrize("make", [odd_llama, odd_gpt2, odd_gemma])
+def odd_gemma2(cap: float | None = None) -> Any:
+    """Logits capped at the end; scores of attention, if `cap` says so."""
+    return transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**SIZES, head_dim=10, attn_logit_softcapping=cap)
+    )
+
+
+@pytest.mark.parametrize("make", [odd_llama, odd_gpt2, odd_gemma, odd_gemma2])
 def test_logits_of_other_models(make: Any) -> None:
     """A row's logits with a cache, left padding and mixtures, bit by bit, at odd sizes."""
     torch.manual_seed(0)
@@ -157,3 +170,81 @@ def test_what_cannot_be_invariant_is_refused(tiny: Any) -> None:
     with invariant(), longest, invariant_model(tiny):
         pass
     assert "forward" not in vars(tiny.lm_head)
+
+
+def longrope() -> Any:
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 9,
+        "long_factor": [2.0] * 9, "factor": 2.0, "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    return transformers.Phi3ForCausalLM(
+        transformers.Phi3Config(**SIZES, rope_parameters=rope, pad_token_id=0, eos_token_id=2)
+    )
+
+
+def dynamic() -> Any:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, rope_parameters=rope))
+
+
+def llava() -> Any:
+    tower = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        image_size=32, patch_size=8,
+    )  # fmt: skip
+    config = transformers.LlavaConfig(
+        vision_config=tower, text_config=transformers.LlamaConfig(**SIZES), image_token_id=3,
+        image_seq_length=16,
+    )  # fmt: skip
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def mixtral() -> Any:
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    return transformers.MixtralForCausalLM(config)
+
+
+def mamba() -> Any:
+    config = transformers.MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1)
+    return transformers.MambaForCausalLM(config)
+
+
+def bloom() -> Any:
+    return transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=61, hidden_size=32, n_layer=1, n_head=2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (mixtral, "more than two dimensions .*experts"),
+        (mamba, "more than two dimensions .*conv1d"),
+        (llava, "more than two dimensions .*patch_embedding"),
+        (bloom, "attention of BloomForCausalLM cannot be replaced"),
+        (lambda: odd_gemma2(50.0), "caps its scores .attn_logit_softcapping=50.0"),
+        (dynamic, "type 'dynamic' depend on the longest row"),
+        (longrope, "type 'longrope' depend on the longest row"),
+    ],
+    ids=["experts", "convolution", "tower", "attention", "cap", "dynamic", "longrope"],
+)
+def test_models_that_are_refused(make: Any, said: str) -> None:
+    """When the block is entered, and they are left as they were."""
+    model = make().eval()
+    before = model.config._attn_implementation
+    refused = pytest.raises(RuntimeError, match=said + ".*Generate outside batch_invariant")
+    with t2k.batch_invariant(), refused, invariant_model(model):
+        raise AssertionError("entered")
+    assert model.config._attn_implementation == before
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_attention_of_other_kinds_is_refused_where_it_is_met() -> None:
+    x = torch.zeros(1, 2, 3, 4)
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    module = torch.nn.Module()
+    for more in ({"softcap": 50.0}, {"sinks": torch.zeros(2)}):
+        with pytest.raises(RuntimeError, match="no soft cap and no sinks"):
+            _attention(module, x, x, x, mask, **more)
+    with pytest.raises(RuntimeError, match="the model gave no mask"):
+        _attention(module, x, x, x, None)
