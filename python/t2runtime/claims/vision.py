@@ -70,6 +70,10 @@ _BASE = (
     "a LLaVA of 0.5 M parameters whose right procedure is a minority in its training text; "
     "easy-VQA, held-out images."
 )
+_BEFORE = (
+    "Experts trained on text alone, on the language model before it saw images (as Llama 3 for "
+    "LLaVA-NeXT), not on the language part inside the LLaVA."
+)
 _GAIN = "difference in greedy accuracy on visual questions of the expert's kind, mean of 3, points"
 _ALL = "difference in greedy accuracy on visual questions of four kinds together, points"
 _VIT = "mean of three domains of 8 x 8 digits, as many steps each; the paper adapts no classifier."
@@ -80,22 +84,24 @@ CLAIMS: tuple[Claim, ...] = (
         VQA, _own("visual"), low=0,
     ),
     Claim(
-        "Experts trained on text alone help on visual questions", "OKVQA", _GAIN,
-        f"{_BASE} Trained on the language model before it saw images, as Llama 3 for LLaVA-NeXT.",
+        "Experts trained before the model saw images help on visual questions", "OKVQA", _GAIN,
+        f"{_BASE} {_BEFORE}",
         VQA, _own("before"), low=0,
     ),
     Claim(
-        "The same, trained on the language model inside", "not tested", _GAIN, _BASE,
+        "Experts trained on text inside the LLaVA help on visual questions", "not tested", _GAIN,
+        f"{_BASE} Trained on text alone, on the language part inside the LLaVA.",
         VQA, _own("text"), low=0,
     ),
     Claim(
-        "A few-shot mixture of text experts beats the base on visual questions", "OKVQA", _ALL,
-        f"{_BASE} Ten labelled visual questions; experts of the earlier language model.",
+        "A few-shot mixture of experts trained before it saw images beats the base", "OKVQA", _ALL,
+        f"{_BASE} {_BEFORE} Ten labelled visual questions.",
         VQA, _mixed("before", "few-shot"), low=0,
     ),
     Claim(
-        "Each question under the text expert of its kind beats one mixture for all", "not tested",
-        _ALL, _BASE, VQA, _mixed("before", "each its own", "few-shot"), low=0,
+        "Each question under its kind's expert from before images beats one mixture for all",
+        "not tested", _ALL, f"{_BASE} {_BEFORE}",
+        VQA, _mixed("before", "each its own", "few-shot"), low=0,
     ),
     Claim(
         "SVF adapts an image classifier", "not tested",

@@ -50,10 +50,10 @@ def test_claims_read_the_numbers_that_they_name():
     means = {text: round(one["mean"], 6) for text, one in found.items()}
     assert means == {
         "An expert trained on visual questions beats the base": 41,
-        "Experts trained on text alone help on visual questions": -9,
-        "The same, trained on the language model inside": 31,
-        "A few-shot mixture of text experts beats the base on visual questions": 11,
-        "Each question under the text expert of its kind beats one mixture for all": 9,
+        "Experts trained before the model saw images help on visual questions": -9,
+        "Experts trained on text inside the LLaVA help on visual questions": 31,
+        "A few-shot mixture of experts trained before it saw images beats the base": 11,
+        "Each question under its kind's expert from before images beats one mixture for all": 9,
         "SVF adapts an image classifier": 31,
         "On it SVF beats LoRA": -9,
     }
