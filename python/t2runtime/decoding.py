@@ -31,7 +31,8 @@ def answer(
 ) -> list[tuple[str, str | None]]:
     """(text, None) of each row of token ids: at most `budgets[row]` tokens, without the end token,
     and up to the first of the `stop` strings; or ("", why there is none), for a row whose logits
-    are not finite under the weights in force. Such a row ends there, the others go on.
+    are not finite, or all equal, under the weights in force. Such a row ends there, the others go
+    on.
 
     `stream` gets pieces that add up to the text; what may turn out to be part of a stop string, or
     of a character, is held back. A tokenizer that takes back what it has decoded in another way
@@ -56,11 +57,11 @@ def answer(
     ]
 
 
-def _overflow(before: int, dtype: torch.dtype) -> str:
+def _overflow(what: str, dtype: torch.dtype) -> str:
     return (
-        f"pass 2 gave logits that are not finite after {before} new tokens: the weights of the "
-        f"mixture are so large that the model overflows in {str(dtype).removeprefix('torch.')}, or "
-        "an expert has diverged. Give smaller weights"
+        f"pass 2 gave logits that are {what}: the weights of the mixture are so large that the "
+        f"model overflows in {str(dtype).removeprefix('torch.')}, or an expert has diverged. Give "
+        "smaller weights"
     )
 
 
@@ -76,16 +77,22 @@ class _Watch:
     stream: Stream | None
     lengths: dict[int, int] = field(default_factory=dict)  # new tokens of the rows that are done
     given: dict[int, str] = field(default_factory=dict)
-    failed: dict[int, int] = field(default_factory=dict)  # new tokens before logits not finite
+    failed: dict[int, str] = field(default_factory=dict)  # what their logits were, and when
 
     def look(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The logits (rows, vocabulary) as they are. A maximum that is not finite is that of NaN,
-        of an overflow, or of no token at all; some tokens may be forbidden (-inf).
+        """The logits (rows, vocabulary) as they are, after a look for rows that overflowed.
+
+        A maximum that is not finite is that of NaN, of an overflow, or of no token at all; some
+        tokens may be forbidden (-inf). Logits that are all equal choose none: a norm divides by
+        infinity where the squares that it sums overflow, and leaves 0 of every value.
         """
-        bad = ~scores.amax(-1).isfinite()
-        for row in bad.nonzero()[:, 0].tolist():
+        most, least = scores.amax(-1), scores.amin(-1)
+        finite = most.isfinite()
+        for row in (~finite | (most == least)).nonzero()[:, 0].tolist():
             if row not in self.lengths:
-                self.failed.setdefault(row, input_ids.shape[1] - self.width)
+                what = "all equal, as a norm leaves them" if bool(finite[row]) else "not finite"
+                new = input_ids.shape[1] - self.width
+                self.failed.setdefault(row, f"{what} after {new} new tokens")
         return scores
 
     def __call__(self, input_ids: Tensor, scores: Any, **more: Any) -> Tensor:

@@ -55,6 +55,22 @@ def test_a_request_that_overflows_fails_alone(t2: Transformer2, invariant: bool)
     assert alone[0].error == bad.error, "also where no other request goes on"
 
 
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize(
+    ("weight", "said"),
+    [(1e9, "all equal, as a norm leaves them"), (1e20, "not finite"), (-3e38, "not finite")],
+)
+def test_an_overflow_that_a_norm_hides_is_seen(
+    t2: Transformer2, weight: float, said: str, invariant: bool
+) -> None:
+    """Squares beyond fp32 in a norm leave 0 of everything: finite logits that choose nothing."""
+    with t2k.batch_invariant(invariant):
+        bad, good = t2.generate(QUESTIONS[:2], [{"add": weight}, "max"], max_new_tokens=3)
+        (want,) = t2.generate(QUESTIONS[1:2], "max", max_new_tokens=3)
+    assert bad.text == "" and f"logits that are {said} after 0 new tokens" in str(bad.error)
+    assert (good.text, good.error) == (want.text, None)
+
+
 def test_what_was_said_before_an_overflow(t2: Transformer2) -> None:
     """Logits that overflow in the third step: no text, but pieces were given."""
     said: list[str] = []
