@@ -11,7 +11,7 @@ from t2runtime.adapt.mixtures import Hashes
 from t2runtime.adapt.prompt import Categories, judge, question_ids
 from t2runtime.adapt.router import Router, hidden_features
 from t2runtime.adapt.weights import Mixture, check_mixture, combined
-from t2runtime.generation import last_user_message, pad_left, pad_token, prompt_ids
+from t2runtime.prompts import last_user_message, pad_left, pad_token, prompt_ids
 from t2runtime.request import Request, asked_of
 
 if TYPE_CHECKING:

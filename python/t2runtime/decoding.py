@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2runtime.generation import decode, end_tokens, pad_left, pad_token, sampling
+from t2runtime.generation import decode, sampling
+from t2runtime.prompts import end_tokens, pad_left, pad_token
 
 #: A byte, in tokenizers that fall back to them.
 _BYTE = re.compile("<0x[0-9A-F]{2}>")

@@ -25,9 +25,9 @@ from t2runtime.adapt.router import Router
 from t2runtime.adapt.weights import Mixture, check_mixture, routing
 from t2runtime.deciding import STRATEGIES, Decision
 from t2runtime.decoding import Stream, answer
-from t2runtime.generation import Prompt, context_length, prompt_ids, uses_template
 from t2runtime.invariant import invariant_model
 from t2runtime.loading import load
+from t2runtime.prompts import Prompt, context_length, prompt_ids, uses_template
 from t2runtime.request import Output, Request, count, requests_of
 from t2runtime.rows import row_order_of
 

@@ -28,14 +28,8 @@ from torch import Tensor
 
 from t2runtime.adapt.weights import Mixture, routing
 from t2runtime.engine import STRATEGIES, Output, Transformer2
-from t2runtime.generation import (
-    context_length,
-    end_tokens,
-    forward_parameters,
-    pad_left,
-    pad_token,
-    prompt_ids,
-)
+from t2runtime.generation import forward_parameters
+from t2runtime.prompts import context_length, end_tokens, pad_left, pad_token, prompt_ids
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from t2runtime.adapt.prompt import Verdict
 from t2runtime.adapt.weights import Mixture
-from t2runtime.generation import Prompt
+from t2runtime.prompts import Prompt
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from t2runtime import tasks
 from t2runtime.adapt.mixtures import TaskMixture, hashes, save_mixture
 from t2runtime.adapt.prompt import SMALL, Categories, classify
 from t2runtime.engine import Transformer2
-from t2runtime.generation import complete, forward_parameters, messages_of
+from t2runtime.generation import complete, forward_parameters
 from t2runtime.loading import load
+from t2runtime.prompts import messages_of
 
 STORIES = Path(os.environ.get("T2_MODELS", Path(__file__).parents[3] / "shared" / "models"))
 QUESTIONS = [tasks.problems(name, 1, "test")[0].prompt for name in tasks.CATEGORIES]

@@ -16,7 +16,7 @@ from t2runtime.adapt.mixtures import TaskMixture, hashes
 from t2runtime.adapt.weights import routing
 from t2runtime.cli import main
 from t2runtime.engine import Transformer2
-from t2runtime.generation import encode
+from t2runtime.prompts import encode
 from t2runtime.tasks import Problem
 
 PROMPTS = ["1+1=", "flip 12345=", "who ann bob cal=", "12+34="]

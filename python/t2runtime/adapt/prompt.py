@@ -15,7 +15,7 @@ import torch
 
 from t2runtime import tasks
 from t2runtime.adapt.scoring import Tree, sequence_log_probs
-from t2runtime.generation import (
+from t2runtime.prompts import (
     Prompt,
     context_length,
     end_tokens,

@@ -22,7 +22,8 @@ from t2kernels.files import load_tensors, save_tensors
 from t2runtime.adapt.fewshot import Space
 from t2runtime.adapt.mixtures import Hashes, check_experts, hashes
 from t2runtime.adapt.shots import check_shots, log_likelihood, marks_in, question_marks
-from t2runtime.generation import encode, forward_parameters
+from t2runtime.generation import forward_parameters
+from t2runtime.prompts import encode
 from t2runtime.tasks import Problem, Source
 
 KIND, VERSION = "router", 1

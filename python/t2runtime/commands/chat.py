@@ -11,7 +11,7 @@ from typing import Any
 
 from t2runtime.commands.generate import engine, who
 from t2runtime.engine import Output
-from t2runtime.generation import uses_template
+from t2runtime.prompts import uses_template
 
 HELP = "an empty line or /quit ends, /new forgets what was said, /experts lists the experts"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from t2runtime.generation import encode, pad_token
+from t2runtime.prompts import encode, pad_token
 
 
 @contextmanager

@@ -13,8 +13,9 @@ import torch
 
 import t2kernels as t2k
 from t2runtime.demo import cost
-from t2runtime.generation import complete, encode
+from t2runtime.generation import complete
 from t2runtime.loading import load
+from t2runtime.prompts import encode
 from t2runtime.rows import row_order_of
 
 PROMPTS = (

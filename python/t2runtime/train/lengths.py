@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from t2runtime.generation import context_length, prompt_ids, turn_end
+from t2runtime.prompts import context_length, prompt_ids, turn_end
 from t2runtime.tasks import Problem, Source, Split
 from t2runtime.train.config import Config
 

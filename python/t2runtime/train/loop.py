@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from t2runtime.evaluate import evaluate
-from t2runtime.generation import uses_template
+from t2runtime.prompts import uses_template
 from t2runtime.tasks import Problem, Source
 from t2runtime.train import optimiser as optim
 from t2runtime.train.adapters import SVF, Adapter, restore, snapshot

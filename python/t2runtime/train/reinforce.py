@@ -31,12 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2runtime.generation import (
-    Completions,
-    answer_log_probs,
-    complete,
-    token_log_probs,
-)
+from t2runtime.generation import Completions, answer_log_probs, complete, token_log_probs
 from t2runtime.rewards import reward_of
 from t2runtime.tasks import Problem, Source
 from t2runtime.train.adapters import Adapter
