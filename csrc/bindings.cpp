@@ -72,8 +72,8 @@ void bind_cuda(py::module_& m) {
   using namespace t2::cuda;
   m.def("cuda_svf_decode", &svf_decode, Unlocked(), arg("x"), arg("x_stride"), arg("U"), arg("V"), arg("d"),
         arg("d_stride"), arg("slots"), arg("slot"), arg("base"), arg("bias"), arg("scale"), arg("y"), arg("h"),
-        arg("work"), arg("T"), arg("n"), arg("r"), arg("m"), arg("x_dtype"), arg("w_dtype"), arg("device"),
-        arg("stream"));
+        arg("work"), arg("barrier"), arg("T"), arg("n"), arg("r"), arg("m"), arg("x_dtype"), arg("w_dtype"),
+        arg("form"), arg("device"), arg("stream"));
 }
 #endif
 

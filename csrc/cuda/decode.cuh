@@ -15,8 +15,9 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "load.cuh"
+#include "call.cuh"
 #include "launch.cuh"
+#include "load.cuh"
 #include "reduce.cuh"
 
 namespace t2::cuda {
@@ -33,47 +34,6 @@ struct Operands {
   const Weight* weight;
   std::int64_t tokens, rows, length;
   std::int64_t token_tiles;
-};
-
-// work[t, j] = sum * d_row(t)[j] * scale[j] in fp32, and h[t, j] = sum.
-template <typename Out>
-struct ScaleByDiagonal {
-  float* work;              // (T, r)
-  Out* h;                   // (T, r) or null
-  const float* d;           // (r,), or (slots, r) with row stride d_stride when slot is given
-  std::int64_t d_stride;
-  std::int64_t slots;
-  const std::int32_t* slot;  // (T,) or null
-  const float* base;        // (r,) or null for zeros
-  const float* scale;       // (r,) or null
-  std::int64_t rank;
-
-  __device__ __forceinline__ float diagonal(std::int64_t token, std::int64_t j) const {
-    if (slot == nullptr) return d[j];
-    const std::int32_t s = slot[token];
-    if (s >= 0 && s < slots) return d[s * d_stride + j];
-    if (s == -1) return base == nullptr ? 0.0f : base[j];
-    return nanf("");
-  }
-
-  __device__ __forceinline__ void operator()(std::int64_t token, std::int64_t j, float sum) const {
-    if (h != nullptr) h[token * rank + j] = from_float<Out>(sum);
-    const float scaled = scale == nullptr ? sum : sum * scale[j];
-    work[token * rank + j] = scaled * diagonal(token, j);
-  }
-};
-
-// y[t, i] = sum + bias[i], rounded once.
-template <typename Out>
-struct AddBias {
-  Out* y;           // (T, m)
-  const Out* bias;  // (m,) or null
-  std::int64_t out_features;
-
-  __device__ __forceinline__ void operator()(std::int64_t token, std::int64_t i, float sum) const {
-    const float shift = bias == nullptr ? 0.0f : to_float(bias[i]);
-    y[token * out_features + i] = from_float<Out>(sum + shift);
-  }
 };
 
 // VECTOR: all rows allow 16-byte loads. Grid: token tiles innermost, then groups of ROWS rows.
@@ -131,7 +91,7 @@ template <int TOKENS, bool VECTOR, typename Act, typename Weight, typename Epilo
 void launch_tile(const char* what, Operands<Act, Weight> in, const Epilogue& epilogue, cudaStream_t stream) {
   in.token_tiles = (in.tokens + TOKENS - 1) / TOKENS;
   const std::int64_t groups = (in.rows + ROWS - 1) / ROWS;
-  launch(decode_kernel<TOKENS, VECTOR, Act, Weight, Epilogue>, what, in.token_tiles * groups, THREADS, stream, in,
+  launch(decode_kernel<TOKENS, VECTOR, Act, Weight, Epilogue>, what, {in.token_tiles * groups, THREADS}, stream, in,
          epilogue);
 }
 
@@ -147,36 +107,14 @@ void launch_decode(const char* what, const Operands<Act, Weight>& in, const Epil
   return launch_tile<8, true>(what, in, epilogue, stream);
 }
 
-// One call of svf_decode with its types known: filled in by svf_cuda.cu, run by the file of its types.
-struct DecodeCall {
-  const void *x, *U, *V;
-  const float *d, *base, *scale;
-  const std::int32_t* slot;
-  const void* bias;
-  void *y, *h;
-  float* work;
-  std::int64_t x_stride, d_stride, slots, T, n, r, m;
-  cudaStream_t stream;
-};
-
 template <typename Element, typename Weight>
 void decode(const DecodeCall& c) {
   const Operands<Element, Weight> project{static_cast<const Element*>(c.x), c.x_stride,
                                           static_cast<const Weight*>(c.V), c.T, c.r, c.n, 0};
-  const ScaleByDiagonal<Element> scale{c.work, static_cast<Element*>(c.h), c.d,    c.d_stride, c.slots,
-                                       c.slot, c.base,                     c.scale, c.r};
-  launch_decode("svf_decode (x V)", project, scale, c.stream);
-  const Operands<float, Weight> expand{c.work, c.r, static_cast<const Weight*>(c.U), c.T, c.m, c.r, 0};
-  const AddBias<Element> finish{static_cast<Element*>(c.y), static_cast<const Element*>(c.bias), c.m};
-  launch_decode("svf_decode (h Uᵀ)", expand, finish, c.stream);
+  launch_decode("svf_decode (x V)", project, ScaleByDiagonal<Element, float>::of(c), c.stream);
+  const Operands<float, Weight> expand{static_cast<const float*>(c.work), c.r, static_cast<const Weight*>(c.U), c.T,
+                                       c.m, c.r, 0};
+  launch_decode("svf_decode (h Uᵀ)", expand, AddBias<Element>::of(c), c.stream);
 }
-
-// One translation unit per row, so that they compile in parallel.
-extern template void decode<float, float>(const DecodeCall&);
-extern template void decode<__nv_bfloat16, __nv_bfloat16>(const DecodeCall&);
-extern template void decode<__half, __half>(const DecodeCall&);
-extern template void decode<float, std::int8_t>(const DecodeCall&);
-extern template void decode<__nv_bfloat16, std::int8_t>(const DecodeCall&);
-extern template void decode<__half, std::int8_t>(const DecodeCall&);
 
 }  // namespace t2::cuda

@@ -36,17 +36,28 @@ class DeviceGuard {
   int former_ = 0;
 };
 
+struct LaunchShape {
+  std::int64_t blocks;
+  int threads;
+  int shared_bytes = 0;
+  cudaLaunchAttribute attribute = {};
+  unsigned attributes = 0;  // 1: `attribute` counts
+};
+
 template <typename... Expected, typename... Given>
-void launch(void (*kernel)(Expected...), const char* what, std::int64_t blocks, int threads, cudaStream_t stream,
+void launch(void (*kernel)(Expected...), const char* what, LaunchShape shape, cudaStream_t stream,
             Given&&... arguments) {
-  if (blocks > std::numeric_limits<std::int32_t>::max()) {
+  if (shape.blocks > std::numeric_limits<std::int32_t>::max()) {
     throw std::invalid_argument(std::string("t2kernels: ") + what + ": too large for one grid, " +
-                                std::to_string(blocks) + " blocks. Split the call along the tokens.");
+                                std::to_string(shape.blocks) + " blocks. Split the call along the tokens.");
   }
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_bytes);
   config.stream = stream;
+  config.attrs = &shape.attribute;
+  config.numAttrs = shape.attributes;
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Given>(arguments)...), what);
 }
 

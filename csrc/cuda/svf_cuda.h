@@ -17,21 +17,34 @@ using Address = std::uintptr_t;
 // Type codes, shared with Python and with csrc/cpu/svf_cpu.h.
 enum DType : int { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3 };
 
+// How svf_decode computes; all forms take the same arguments.
+//   kFma             two launches, fp32 multiply-adds, any alignment; keeps (x V) * d in fp32
+//   kMma             two launches, tensor cores; rounds (x V) * d * scale once, to x_dtype
+//   kMmaPdl          the same, the second launch starts early, fetches its first tiles of U and waits for the first
+//                    one (programmatic dependent launch; sm_90 and later, elsewhere it is kMma)
+//   kMmaCooperative  the same in one cooperative launch with a barrier between the products
+// The tensor-core forms give the same bits as each other. They want bf16 or fp16 x with factors of its dtype, or bf16
+// x with int8 factors; n and r multiples of 8 (16 with int8); x, its row stride, U, V and work on 16 bytes.
+enum Form : int { kFma = 0, kMma = 1, kMmaPdl = 2, kMmaCooperative = 3 };
+
 // CUDA runtime linked into this module, e.g. "13.0".
 std::string runtime_version();
 
-// Two launches: work = (x V) * d_row * scale, then y = work U^T + bias. Meant for decode sizes (T <= 128): every 8
-// tokens read the factors once, the repeats from L2.
+// work = (x V) * d_row * scale, then y = work U^T + bias. Meant for decode sizes (T <= 128): the factors are read once
+// per 8 tokens (kFma) or per 8 to 64 (tensor cores), the repeats from L2.
 //   x (T, n) x_dtype, row stride x_stride; V stored (r, n), U (m, r), both contiguous in w_dtype (== x_dtype, or kI8)
 //   d fp32: (r,) when slot = 0, else (slots, r) with row stride d_stride; slot (T,) int32; base (r,) fp32, used where
 //   slot = -1 (0: zeros); bias (m,) x_dtype or 0; scale (r,) fp32 or 0, multiplied beside d
-//   y (T, m) contiguous x_dtype; h (T, r) contiguous x_dtype or 0: the unscaled x V; work (T, r) fp32
-// Accumulates in fp32 and keeps (x V) * d in fp32: the only roundings to x_dtype are those of y and h. The bits of a
-// row depend on this row and the factors alone, not on T, the other rows or the alignment. A slot outside
-// [-1, slots) gives a row of NaN: another request's expert is never read by mistake.
+//   y (T, m) contiguous x_dtype; h (T, r) contiguous x_dtype or 0: the unscaled x V
+//   work (T, r): fp32, or x_dtype in the tensor-core forms; need not be initialised
+//   barrier: two 32-bit counters for kMmaCooperative, else 0. Zero before the first launch that gets them; every
+//   launch leaves them zero. Launches that may run at the same time must not share them.
+// Accumulates in fp32. The bits of a row depend on this row, the factors and the form (kFma or tensor cores) alone,
+// not on T, the other rows or the alignment. A slot outside [-1, slots) gives a row of NaN: another request's expert
+// is never read by mistake.
 void svf_decode(Address x, std::int64_t x_stride, Address U, Address V, Address d, std::int64_t d_stride,
                 std::int64_t slots, Address slot, Address base, Address bias, Address scale, Address y, Address h,
-                Address work, std::int64_t T, std::int64_t n, std::int64_t r, std::int64_t m, int x_dtype, int w_dtype,
-                int device, Address stream);
+                Address work, Address barrier, std::int64_t T, std::int64_t n, std::int64_t r, std::int64_t m,
+                int x_dtype, int w_dtype, int form, int device, Address stream);
 
 }  // namespace t2::cuda

@@ -1,8 +1,9 @@
-"""The CUDA kernels of csrc/cuda: decode sizes, two launches, no host synchronisation.
+"""The CUDA kernels of csrc/cuda: decode sizes, no host synchronisation.
 
-h·d stays in fp32 between the two products, so the only roundings to x.dtype are those of y and of
-the returned h. The bits of a row depend on the row and the factors alone: every call is
-batch-invariant. Backward uses torch's matrix products and sums in a fixed order.
+``cuda_forms`` says which of four forms a call takes. With plain multiply-adds h·d stays in fp32
+between the two products; the tensor-core forms round it once, to x.dtype. The bits of a row depend
+on the row, the factors and the form alone, and in batch-invariant mode the form does not depend on
+the number of tokens. Backward uses torch's matrix products and sums in a fixed order.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import cuda_forms
+from .cuda_forms import MAX_TOKENS
 from .layout import unfit
 from .torch_backend import backward
 
 __all__ = ["MAX_TOKENS", "NAME", "backward", "forward", "unavailable"]
 
 NAME = "cuda"
-
-# Above this the factors are read from L2 so often that library matrix products win.
-MAX_TOKENS = 128
 
 # The oldest machine code that T2_CUDA_ARCHS asks for by default.
 MIN_CAPABILITY = (8, 0)
@@ -55,6 +55,10 @@ def _device_reason(index: int) -> str | None:
 
 def _stream(x: Tensor) -> int:
     return int(torch.cuda.current_stream(x.device).cuda_stream)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
 
 
 def _index(x: Tensor) -> int:
@@ -102,21 +106,35 @@ def forward(
     """See ``reference.forward``. Enqueued on torch's current stream; may be captured in a graph."""
     if _native is None:
         raise RuntimeError(f"backend 'cuda': {_missing}")
+    form = cuda_forms.choose(x, U, V, batch_invariant)
+    index, stream = _index(x), _stream(x)
+    if form != "fma":
+        x = _on_16_bytes(x)
     T, n = x.shape
     m, r = U.shape
     y = torch.empty((T, m), dtype=x.dtype, device=x.device)
     h = torch.empty((T, r), dtype=x.dtype, device=x.device) if save_h else None
-    work = torch.empty((T, r), dtype=torch.float32, device=x.device)
+    work_dtype = torch.float32 if form == "fma" else x.dtype
+    work = torch.empty((T, r), dtype=work_dtype, device=x.device)
+    barrier = 0
+    if form == "mma-coop":
+        barrier = cuda_forms.barriers.address(x.device, index, stream, _capturing())
     # fmt: off
     _native.cuda_svf_decode(
         x.data_ptr(), x.stride(0), U.data_ptr(), V.data_ptr(),
         d.data_ptr(), d.stride(0) if slot is not None else 0, d.shape[0],
         _address(slot), base.data_ptr(), _address(bias), _address(scale),
-        y.data_ptr(), _address(h), work.data_ptr(),
-        T, n, r, m, _CODES[x.dtype], _CODES[U.dtype], _index(x), _stream(x),
+        y.data_ptr(), _address(h), work.data_ptr(), barrier,
+        T, n, r, m, _CODES[x.dtype], _CODES[U.dtype], cuda_forms.CODES[form], index, stream,
     )
     # fmt: on
     return y, h
+
+
+def _on_16_bytes(x: Tensor) -> Tensor:
+    """x, or a copy whose rows the 16-byte copies of the tensor-core kernel can read."""
+    fits = x.data_ptr() % 16 == 0 and (x.shape[0] == 1 or x.stride(0) * x.element_size() % 16 == 0)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <exception>
+#include <stdexcept>
 #include <tuple>
 #include <utility>
 
@@ -13,13 +14,18 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-// Blocks run one after another, so one copy serves them all; what a block left behind is garbage to the next.
+#define __grid_constant__
+// For launches whose blocks run one after another: one copy serves them all, what a block left is garbage to the next.
 #define __shared__ static
 
 #define CUDART_VERSION 0
 
 inline const emulator::Index &blockIdx = emulator::block_index, &threadIdx = emulator::thread_index;
 inline const emulator::Index &blockDim = emulator::block_size, &gridDim = emulator::grid_size;
+
+struct uint2 {
+  unsigned x, y;
+} __attribute__((aligned(8)));
 
 struct uint4 {
   unsigned x, y, z, w;
@@ -33,25 +39,77 @@ struct dim3 {
 
 using std::nanf;
 
-inline void __syncthreads() { emulator::block.barrier(); }
+inline void __syncthreads() { emulator::block_barrier(); }
+inline void __syncwarp() {
+  emulator::warp_meets([](void* (&)[32]) {}, nullptr);
+}
+inline void __threadfence() {}
+inline long long clock64() { return emulator::clock(); }
 
-inline float __shfl_xor_sync(unsigned, float value, int lane_mask) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  bits = emulator::block.exchange(bits, lane_mask);
-  std::memcpy(&value, &bits, sizeof(bits));
-  return value;
+inline unsigned atomicAdd(unsigned* counter, unsigned value) {
+  const unsigned before = *counter;
+  *counter += value;
+  return before;
 }
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
+inline float __shfl_xor_sync(unsigned, float value, int lane_mask) {
+  struct Lane {
+    float offered, received;
+    int lane_mask;
+  } own{value, 0, lane_mask};
+  emulator::warp_meets(
+      [](void* (&lanes)[32]) {
+        for (int i = 0; i < 32; ++i) {
+          Lane& lane = *static_cast<Lane*>(lanes[i]);
+          const Lane& other = *static_cast<Lane*>(lanes[i ^ lane.lane_mask]);
+          if (other.lane_mask != lane.lane_mask) throw std::runtime_error("lanes of one shuffle want different ones");
+          lane.received = other.offered;
+        }
+      },
+      &own);
+  return own.received;
+}
+
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const std::uint64_t bytes = static_cast<std::uint64_t>(y) << 32 | x;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) out |= (bytes >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
+  return out;
+}
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorLaunchFailure = 719,
+  cudaErrorCooperativeLaunchTooLarge = 720
+};
 using cudaStream_t = struct EmulatedStream*;
+
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeIgnore,
+  cudaLaunchAttributeCooperative,
+  cudaLaunchAttributeProgrammaticStreamSerialization
+};
+union cudaLaunchAttributeValue {
+  int cooperative, programmaticStreamSerializationAllowed;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   std::size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
-inline const char* cudaGetErrorName(cudaError_t status) { return status == cudaSuccess ? "cudaSuccess" : "emulator"; }
+inline const char* cudaGetErrorName(cudaError_t status) {
+  return status == cudaSuccess                          ? "cudaSuccess"
+         : status == cudaErrorCooperativeLaunchTooLarge ? "cudaErrorCooperativeLaunchTooLarge"
+                                                        : "emulator";
+}
 inline const char* cudaGetErrorString(cudaError_t) { return emulator::error.c_str(); }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
@@ -59,11 +117,59 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor
+};
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const emulator::Machine& m = emulator::machine;
+  const int values[] = {m.multiprocessors, m.block_shared_bytes, m.multiprocessor_shared_bytes, m.capability / 10,
+                        m.capability % 10};
+  *value = values[attribute];
+  return cudaSuccess;
+}
+
+// One limit for all kernels: each launch raises its own before it starts.
+inline int emulated_shared_limit = 48 * 1024;
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > emulator::machine.block_shared_bytes) return cudaErrorInvalidValue;
+  emulated_shared_limit = bytes;
+  return cudaSuccess;
+}
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+  attributes->ptxVersion = emulator::machine.capability;
+  return cudaSuccess;
+}
+
 template <typename... Expected, typename... Given>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...), Given&&... given) {
+  emulator::Launch launch{config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, false, false, {}};
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& a = config->attrs[i];
+    if (a.id == cudaLaunchAttributeCooperative) launch.cooperative = a.val.cooperative != 0;
+    if (a.id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+      launch.programmatic = a.val.programmaticStreamSerializationAllowed != 0;
+    }
+  }
+  const emulator::Machine& m = emulator::machine;
+  if (static_cast<int>(launch.shared_bytes) > emulated_shared_limit) return cudaErrorInvalidValue;
+  const int resident = m.multiprocessor_shared_bytes / static_cast<int>(launch.shared_bytes + 1024);
+  if (launch.cooperative && static_cast<int>(launch.blocks) > m.multiprocessors * resident) {
+    return cudaErrorCooperativeLaunchTooLarge;
+  }
   const std::tuple<Expected...> arguments(std::forward<Given>(given)...);
+  launch.body = [kernel, arguments] { std::apply(kernel, arguments); };
   try {
-    emulator::run_grid(config->gridDim.x, config->blockDim.x, [&] { std::apply(kernel, arguments); });
+    emulator::enqueue(launch);
   } catch (const std::exception& problem) {
     emulator::error = problem.what();
     return cudaErrorLaunchFailure;

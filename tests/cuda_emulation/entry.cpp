@@ -1,22 +1,56 @@
-// The launcher of csrc/cuda with a C interface for ctypes. Returns 0, or 1 with the message in `error_text`.
+// The launchers of csrc/cuda with a C interface for ctypes. Return 0, or 1 with the message in `error_text`.
 #include <cstdio>
 #include <exception>
 
+#include "grid_barrier.cuh"
+#include "launch.cuh"
 #include "svf_cuda.h"
 
 using t2::cuda::Address;
 using I64 = std::int64_t;
 
-extern "C" int emulated_svf_decode(Address x, I64 x_stride, Address U, Address V, Address d, I64 d_stride, I64 slots,
-                                   Address slot, Address base, Address bias, Address scale, Address y, Address h,
-                                   Address work, I64 T, I64 n, I64 r, I64 m, I64 x_dtype, I64 w_dtype, I64 device,
-                                   Address stream, char* error_text, I64 error_size) {
+namespace {
+
+template <typename Call>
+int guarded(char* error_text, I64 error_size, Call call) {
   try {
-    t2::cuda::svf_decode(x, x_stride, U, V, d, d_stride, slots, slot, base, bias, scale, y, h, work, T, n, r, m,
-                         static_cast<int>(x_dtype), static_cast<int>(w_dtype), static_cast<int>(device), stream);
+    call();
+    emulator::flush();
     return 0;
   } catch (const std::exception& problem) {
     std::snprintf(error_text, static_cast<std::size_t>(error_size), "%s", problem.what());
     return 1;
   }
+}
+
+// The first `come` blocks meet, the others do not come; each counts how many it has seen before and after.
+void barrier_kernel(std::uint32_t* counters, int come, int* before, int* after) {
+  if (static_cast<int>(blockIdx.x) >= come) return;
+  if (threadIdx.x == 0) ++*before;
+  t2::cuda::grid_barrier(counters);
+  if (threadIdx.x == 0) after[blockIdx.x] = *before;
+}
+
+}  // namespace
+
+extern "C" int emulated_svf_decode(Address x, I64 x_stride, Address U, Address V, Address d, I64 d_stride, I64 slots,
+                                   Address slot, Address base, Address bias, Address scale, Address y, Address h,
+                                   Address work, Address barrier, I64 T, I64 n, I64 r, I64 m, I64 x_dtype, I64 w_dtype,
+                                   I64 form, I64 device, Address stream, char* error_text, I64 error_size) {
+  return guarded(error_text, error_size, [&] {
+    t2::cuda::svf_decode(x, x_stride, U, V, d, d_stride, slots, slot, base, bias, scale, y, h, work, barrier, T, n, r,
+                         m, static_cast<int>(x_dtype), static_cast<int>(w_dtype), static_cast<int>(form),
+                         static_cast<int>(device), stream);
+  });
+}
+
+extern "C" int emulated_barrier(I64 blocks, I64 come, std::uint32_t* counters, int* before, int* after,
+                                char* error_text, I64 error_size) {
+  return guarded(error_text, error_size, [&] {
+    t2::cuda::LaunchShape shape{blocks, 64};
+    shape.attribute.id = cudaLaunchAttributeCooperative;
+    shape.attribute.val.cooperative = 1;
+    shape.attributes = 1;
+    t2::cuda::launch(barrier_kernel, "barrier", shape, nullptr, counters, static_cast<int>(come), before, after);
+  });
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from t2kernels import testing
-from t2kernels.ops import cuda, torch_backend
+from t2kernels.ops import cuda, cuda_forms, torch_backend
 from t2kernels.ops.layout import unfit
 from t2kernels.testing import Inputs
 
@@ -60,3 +60,89 @@ def test_build_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_backward_is_torchs() -> None:
     assert cuda.backward is torch_backend.backward
+
+
+def in_bf16(*sizes: int, **more: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    inputs = testing.make_inputs(*sizes, dtype=torch.bfloat16, **more)
+    return inputs.x, inputs.U, inputs.V
+
+
+def test_unmeasured_forms_are_asked_for_by_name() -> None:
+    x, U, V = in_bf16(4, 64, 40, 32)
+    assert cuda_forms.choose(x, U, V, False) == "fma"
+    for name in cuda_forms.FORMS:
+        with cuda_forms.form(name):
+            assert cuda_forms.choose(x, U, V, True) == name
+    assert cuda_forms.choose(x, U, V, False) == "fma"
+    words = "form must be one of fma, mma, mma-pdl, mma-coop"
+    with pytest.raises(ValueError, match=words), cuda_forms.form("wgmma"):
+        pass
+
+
+def test_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first that holds; no tokens in batch-invariant mode; plain where nothing else fits."""
+    rules = (
+        cuda_forms.Rule(8, 5000, "mma-coop"),
+        cuda_forms.Rule(8, 1e9, "mma-pdl"),
+        cuda_forms.Rule(128, 1e9, "mma"),
+    )
+    monkeypatch.setattr(cuda_forms, "RULES", rules)
+    small, large, many = in_bf16(8, 64, 40, 32), in_bf16(8, 64, 400, 32), in_bf16(9, 64, 40, 32)
+    assert cuda_forms.choose(*small, False) == "mma-coop"
+    assert cuda_forms.choose(*large, False) == "mma-pdl"
+    assert cuda_forms.choose(*many, False) == "mma"
+    assert cuda_forms.choose(*small, True) == cuda_forms.choose(*many, True) == "mma"
+    assert cuda_forms.choose(*in_bf16(8, 63, 40, 32), False) == "fma"
+
+
+NO_MMA = {
+    "float32 with these factors": testing.make_inputs(1, 16, 16, 16),
+    "float16 with int8 factors": testing.make_inputs(1, 16, 8, 16, dtype=torch.half, int8=True),
+    "multiples of 8": testing.make_inputs(1, 20, 16, 16, dtype=torch.half),
+    "multiples of 16": testing.make_inputs(1, 24, 16, 16, dtype=torch.bfloat16, int8=True),
+}
+
+
+@pytest.mark.parametrize("words", NO_MMA)
+def test_what_the_tensor_core_forms_cannot_run(words: str) -> None:
+    inputs = NO_MMA[words]
+    with cuda_forms.form("mma"), pytest.raises(RuntimeError, match=words):
+        cuda_forms.choose(inputs.x, inputs.U, inputs.V, False)
+    assert cuda_forms.choose(inputs.x, inputs.U, inputs.V, False) == "fma"
+
+
+def test_factors_off_16_bytes() -> None:
+    x, U, V = in_bf16(1, 64, 40, 32)
+    odd = torch.empty(U.numel() + 1, dtype=U.dtype)[1:].view_as(U).copy_(U)
+    assert "on 16 bytes" in str(cuda_forms.unfit(x, odd, V))
+    assert cuda_forms.unfit(x, U, V) is None
+
+
+class TestBarriers:
+    CPU = torch.device("cpu")
+
+    def test_streams_keep_theirs_and_captured_calls_get_new_ones(self) -> None:
+        barriers = cuda_forms.Barriers()
+        first = barriers.address(self.CPU, 0, 11, False)
+        assert first == barriers.address(self.CPU, 0, 11, False)
+        others = [
+            barriers.address(self.CPU, 0, 12, False),
+            barriers.address(self.CPU, 0, 11, True),
+            barriers.address(self.CPU, 0, 11, True),
+            barriers.address(self.CPU, 1, 11, False),
+        ]
+        assert len({first, *others}) == 5
+        assert all(abs(a - b) >= 8 for a in others[:3] for b in (first,))
+
+    def test_counters_cannot_be_made_in_a_capture(self) -> None:
+        with pytest.raises(RuntimeError, match="warm-up"):
+            cuda_forms.Barriers().address(self.CPU, 0, 1, True)
+
+    def test_they_run_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cuda_forms.Barriers, "CAPACITY", 2)
+        barriers = cuda_forms.Barriers()
+        barriers.address(self.CPU, 0, 1, False)
+        barriers.address(self.CPU, 0, 1, True)
+        with pytest.raises(RuntimeError, match="all 2 counters of device 0"):
+            barriers.address(self.CPU, 0, 1, True)
+        assert barriers.address(self.CPU, 0, 1, False)

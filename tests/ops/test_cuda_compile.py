@@ -1,11 +1,13 @@
 """The CUDA kernels compile for sm_80 and sm_90a without spills and within the machine's limits.
 
-Needs nvcc, no GPU. The compiler's own report (-Xptxas -v) is the witness; registers and shared
+Needs nvcc, no GPU. The compiler's own report (-Xptxas -v) is the witness, for the tensor-core
+kernel also its machine code (cuobjdump, from the toolkit or from Triton); registers and shared
 memory of every kernel are printed (pytest -s).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -32,6 +34,24 @@ REPORT = re.compile(
     r".*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.DOTALL,
 )
+
+
+# Instructions of one kernel's machine code that a tensor-core kernel must and must not have.
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]+)")
+WANTED = ["HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "LDGDEPBAR", "DEPBAR"]
+WANTED_ON_90 = ["PREEXIT", "ACQBULK"]  # let the next kernel start; wait for the one before
+LOCAL_MEMORY = ("LDL", "STL")
+
+
+def cuobjdump() -> str | None:
+    """The toolkit's, or the one that Triton brings."""
+    beside = Path(NVCC).resolve().parent if NVCC else None
+    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=beside)
+    spec = importlib.util.find_spec("triton")
+    if found is None and spec is not None and spec.origin is not None:
+        folder = Path(spec.origin).parent / "backends" / "nvidia" / "bin"
+        found = shutil.which("cuobjdump", path=folder)
+    return found
 
 
 class Kernel(NamedTuple):
@@ -76,8 +96,12 @@ def compile_one(source: Path, folder: Path) -> list[Kernel]:
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
-    folder = tmp_path_factory.mktemp("nvcc")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("nvcc")
+
+
+@pytest.fixture(scope="module")
+def kernels(folder: Path) -> list[Kernel]:
     with ThreadPoolExecutor(2) as pool:
         reports = pool.map(lambda s: compile_one(s, folder), sorted(KERNELS.glob("*.cu")))
         found = [kernel for report in reports for kernel in report]
@@ -94,8 +118,10 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
 
 def test_every_dtype_has_its_kernels(kernels: list[Kernel]) -> None:
     # x same as factors in three dtypes and int8 under each; two products; tiles of 1, 4 and 8
-    # tokens by vector and one for any alignment.
-    assert len(kernels) == 6 * 2 * 4 * len(ARCHS)
+    # tokens by vector and one for any alignment. On tensor cores three kinds in three tiles.
+    plain = [k for k in kernels if "decode_mma" not in k.name]
+    assert len(plain) == 6 * 2 * 4 * len(ARCHS)
+    assert len(kernels) - len(plain) == 3 * 3 * len(ARCHS)
 
 
 def test_nothing_spills(kernels: list[Kernel]) -> None:
@@ -121,3 +147,29 @@ def test_loads_are_16_bytes_wide(source: str, tmp_path: Path) -> None:
     wide = [entry for entry in entries if re.search(r"ld\.global(\.nc)?\.v4\.", entry)]
     assert len(wide) == 6, "two products, tiles of 1, 4 and 8 tokens"
     assert not any(re.search(r"\batom\.|\bred\.", entry) for entry in entries), "no atomics"
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "int8"])
+def test_tensor_cores_and_asynchronous_copies(
+    kernels: list[Kernel], folder: Path, kind: str
+) -> None:
+    """In the machine code; no local memory; atomics only for the two counters of the barrier."""
+    tool = cuobjdump()
+    if tool is None:
+        pytest.skip("cuobjdump is neither in the CUDA toolkit nor in Triton")
+    command = [tool, "-sass", str(folder / f"decode_mma_{kind}.o")]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    by_arch = re.split(r"arch = sm_(\w+)", text)[1:]
+    functions = [
+        (arch, function)
+        for arch, part in zip(by_arch[::2], by_arch[1::2])
+        for function in part.split("Function : ")[1:]
+    ]
+    assert sorted(arch for arch, _ in functions) == sorted(ARCHS * 3)
+    for arch, function in functions:
+        names = INSTRUCTION.findall(function)
+        for wanted in WANTED + (WANTED_ON_90 if arch == "90a" else []):
+            assert any(name.startswith(wanted) for name in names), (arch, wanted)
+        assert not any(name.startswith(LOCAL_MEMORY) for name in names)
+        atomics = [name for name in names if name.startswith(("ATOM", "RED"))]
+        assert len(atomics) == 2 and not any(".F" in name for name in atomics), atomics

@@ -1,0 +1,3 @@
+#include "launch_mma.cuh"
+
+template void t2::cuda::decode_mma<__half, __half>(const DecodeCall&);

@@ -1,0 +1,44 @@
+// How a tensor-core launch fills the machine: stages of the ring, blocks, shared memory. Plain host code.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace t2::cuda {
+
+constexpr int MIN_STAGES = 2;
+constexpr int MAX_STAGES = 8;
+// What the machine keeps of a multiprocessor's shared memory for each block on it (sm_80 to sm_120).
+constexpr int RESERVED_SHARED_BYTES = 1024;
+
+struct Machine {
+  int multiprocessors;
+  int block_shared_bytes;           // most for one block, opted in
+  int multiprocessor_shared_bytes;  // for all blocks of one multiprocessor
+  int capability;                   // 10 major + minor
+};
+
+struct Plan {
+  int stages;  // 0: the tile does not fit this machine
+  int per_multiprocessor;
+  int blocks;
+  int shared_bytes;
+};
+
+// Two blocks a multiprocessor where there is work for them or where the next kernel must find room beside this one
+// (`shared`), each with half of the memory and as many stages as that holds; else one block with all of it.
+inline Plan plan(int stage_bytes, int reduction_bytes, std::int64_t items, bool shared, const Machine& machine) {
+  const int wanted = shared || items > machine.multiprocessors ? 2 : 1;
+  for (int per = wanted; per >= 1; --per) {
+    const int budget =
+        std::min(machine.block_shared_bytes, machine.multiprocessor_shared_bytes / per - RESERVED_SHARED_BYTES);
+    const int stages = std::min(MAX_STAGES, (budget - reduction_bytes) / stage_bytes);
+    // Two thin rings are no better than a deep one.
+    if (stages < (per == 1 ? MIN_STAGES : MIN_STAGES + 1)) continue;
+    const std::int64_t room = static_cast<std::int64_t>(machine.multiprocessors) * per;
+    return {stages, per, static_cast<int>(std::min(items, room)), stages * stage_bytes + reduction_bytes};
+  }
+  return {0, 0, 0, 0};
+}
+
+}  // namespace t2::cuda

@@ -1,0 +1,151 @@
+"""Which form of the CUDA decode kernels a call takes, and the counters of the cooperative one.
+
+The forms are those of csrc/cuda/svf_cuda.h:
+
+    fma           two launches, plain multiply-adds; any dtype, size and alignment
+    mma           two launches, tensor cores
+    mma-pdl       the same, the second launch overlapping the first (sm_90 and later)
+    mma-coop      the same in one cooperative launch
+
+The tensor-core forms give the same bits as each other, not as fma.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CODES = {"fma": 0, "mma": 1, "mma-pdl": 2, "mma-coop": 3}
+FORMS = tuple(CODES)
+
+# Above this the factors are read from L2 so often that library matrix products win.
+MAX_TOKENS = 128
+# The tensor-core kernel counts rows and columns in 32 bits.
+_MAX_SIZE = 1 << 30
+
+
+class Rule(NamedTuple):
+    """``form`` for at most so many tokens and elements of U and V together."""
+
+    tokens: int
+    elements: float
+    form: str
+
+
+# The first rule that holds decides. None of the forms has been measured on a GPU, so the plainest
+# one does everything. benchmarks/bench_svf.py times them all, as "ours cuda <form>".
+RULES: tuple[Rule, ...] = (Rule(MAX_TOKENS, float("inf"), "fma"),)
+
+
+class _Switch:
+    """Of the process, like the backend's (dispatch.py)."""
+
+    form: str | None = None
+
+
+@contextmanager
+def form(name: str) -> Iterator[None]:
+    """Inside, the CUDA backend takes this form or raises."""
+    if name not in CODES:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {name!r}.")
+    before, _Switch.form = _Switch.form, name
+    try:
+        yield
+    finally:
+        _Switch.form = before
+
+
+def unfit(x: Tensor, U: Tensor, V: Tensor) -> str | None:
+    """Why no tensor-core form can run this call, or None.
+
+    Decided by dtypes and the factors alone: x is copied where its alignment does not fit, so that
+    the bits of a row do not depend on where it lies in memory.
+    """
+    int8 = U.dtype is torch.int8
+    if x.dtype is torch.float32 or (int8 and x.dtype is not torch.bfloat16):
+        factors = "int8" if int8 else "these"
+        return f"x is {x.dtype} with {factors} factors; the tensor-core forms have no such kernel"
+    chunk = 16 if int8 else 8
+    (m, r), n = U.shape, V.shape[0]
+    if n % chunk or r % chunk:
+        return f"in_features {n} and rank {r} must be multiples of {chunk}"
+    if max(n, m, r) >= _MAX_SIZE:
+        return f"a size of {max(n, m, r)} is beyond {_MAX_SIZE}"
+    if U.data_ptr() % 16 or V.data_ptr() % 16:
+        return "U and V must lie on 16 bytes"
+    return None
+
+
+def choose(x: Tensor, U: Tensor, V: Tensor, batch_invariant: bool) -> str:
+    """The form of this call. One that was asked for and cannot run the call is an error.
+
+    In batch-invariant mode the number of tokens has no say: forms may differ in their bits.
+    """
+    reason = unfit(x, U, V)
+    if _Switch.form is not None:
+        if _Switch.form != "fma" and reason is not None:
+            raise RuntimeError(
+                f"form {_Switch.form!r} of backend 'cuda' was asked for and cannot run this call: "
+                f"{reason}. Leave the form to the policy."
+            )
+        return _Switch.form
+    if reason is not None:
+        return "fma"
+    tokens = MAX_TOKENS if batch_invariant else x.shape[0]
+    elements = U.numel() + V.numel()
+    fitting = (r.form for r in RULES if tokens <= r.tokens and elements <= r.elements)
+    return next(fitting, "fma")
+
+
+class Barriers:
+    """Counters for the barrier of the cooperative form: zeroed once, left at zero by every launch.
+
+    Launches that may run at the same time must not share counters. Calls on one stream run one
+    after another and share those of the stream. A captured call keeps counters of its own for
+    ever: its graph may be replayed on any stream, though never beside itself.
+    """
+
+    # Two 32-bit counters each; 512 KiB a device. A model of 224 layers with a graph for each of
+    # eight batch sizes captures 1792 calls.
+    CAPACITY = 1 << 16
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._pools: dict[int, Tensor] = {}
+        self._used: dict[int, int] = {}
+        self._of_stream: dict[tuple[int, int], int] = {}
+
+    def address(self, device: torch.device, index: int, stream: int, capturing: bool) -> int:
+        """Address of the counters for a launch on this stream of this device."""
+        with self._lock:
+            pool = self._pools.get(index)
+            if pool is None:
+                if capturing:
+                    raise RuntimeError(
+                        "form 'mma-coop': its counters must exist before a capture; run the call "
+                        "once outside of the graph, as a warm-up."
+                    )
+                pool = torch.zeros(self.CAPACITY, 2, dtype=torch.int32, device=device)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)  # once: the other streams must see the zeros
+                self._pools[index], self._used[index] = pool, 0
+            place = None if capturing else self._of_stream.get((index, stream))
+            if place is None:
+                place = self._used[index]
+                if place == self.CAPACITY:
+                    raise RuntimeError(
+                        f"form 'mma-coop': all {self.CAPACITY} counters of device {index} are "
+                        "taken by captured calls. Capture fewer graphs, or use form 'mma-pdl'."
+                    )
+                self._used[index] = place + 1
+                if not capturing:
+                    self._of_stream[index, stream] = place
+            return pool.data_ptr() + place * pool.stride(0) * pool.element_size()
+
+
+barriers = Barriers()
