@@ -62,7 +62,7 @@ void bind_cpu(py::module_& m) {
   m.def("backward_rows", &backward_rows, Unlocked(), arg("gu"), arg("gu_stride"), arg("h"), arg("h_stride"), arg("d"),
         arg("d_stride"), arg("slots"), arg("slot"), arg("base"), arg("scale"), arg("dd"), arg("T"), arg("r"),
         arg("dtype"), arg("n_threads"), arg("isa"));
-  m.def("dequantise", &dequantise, Unlocked(), arg("q"), arg("scale"), arg("scale_axis"), arg("out"), arg("rows"),
+  m.def("dequantise", &dequantise, Unlocked(), arg("q"), arg("q_dtype"), arg("scale"), arg("scale_axis"), arg("out"), arg("rows"),
         arg("cols"), arg("dtype"), arg("n_threads"), arg("isa"));
   m.def("read_bandwidth", &read_bandwidth, Unlocked(), arg("data"), arg("bytes"), arg("n_threads"));
 }

@@ -27,6 +27,7 @@ from .ops.dispatch import is_batch_invariant as is_batch_invariant
 from .ops.functional import dense as dense
 from .ops.functional import svf_delta_linear as svf_delta_linear
 from .ops.functional import svf_linear as svf_linear
+from .quantized import FACTOR_KINDS as FACTOR_KINDS
 from .quantized import QuantizedFactors as QuantizedFactors
 from .quantized import dequantize as dequantize
 from .quantized import quantize as quantize

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .nn.linear import Factors, SVFLinear, is_conv1d, weight_of
 from .nn.routing import Route
-from .quantized import QuantizedFactors, quantize
+from .quantized import QuantizedFactors, check_kind, quantize
 from .selection import check_module, select
 from .store import FactorStore
 from .svd import SVDFactors
@@ -115,8 +115,8 @@ def convert(
             must match the whole name. Tied and output-head layers are left alone.
         exclude: suffixes or a regex of layers to leave alone.
         rank: keep k components per layer and use the delta form; None keeps all.
-        factors: "int8" holds U and V as int8 with a scale per column (weight-only); None in the
-            weight's dtype.
+        factors: "int8" or "fp8" holds U and V in 8 bits with a scale per column (weight-only, see
+            ``quantize``); None in the weight's dtype.
         decomposition: a folder written by ``t2 decompose`` (or a FactorStore, or a mapping from
             layer names to factors) instead of decomposing here; the base weight must be the same.
         keep_weight: False drops every W. Saves memory; the base is then exact to rounding only.
@@ -142,11 +142,8 @@ def convert(
         raise ValueError("model has SVF layers already. Call t2kernels.revert(model) first.")
     if rank is not None and (not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank must be a positive integer or None, got {rank!r}.")
-    if factors not in (None, "int8"):
-        raise ValueError(
-            f'factors must be "int8" or None, got {factors!r}. A folder of `t2 decompose` goes '
-            "into decomposition=."
-        )
+    if factors is not None:
+        check_kind(factors, "factors", " A folder of `t2 decompose` goes into decomposition=.")
     if rank is not None and not keep_weight:
         raise ValueError(
             "keep_weight=False needs the full rank: U_k·Σ_k·V_kᵀ is not W. Drop one of the two."
@@ -172,7 +169,7 @@ def convert(
     for name, module in bar:
         bar.set_postfix_str(name)
         layers[name] = _make_layer(
-            name, module, source, rank, factors == "int8", keep_weight, parametrisation, precision,
+            name, module, source, rank, factors, keep_weight, parametrisation, precision,
             recompute,
         )  # fmt: skip
     # All decompositions are done: from here nothing can fail half-way.
@@ -189,7 +186,7 @@ def _make_layer(
     module: nn.Module,
     source: FactorStore | Mapping[str, Factors] | None,
     rank: int | None,
-    int8: bool,
+    kind: str | None,
     keep_weight: bool,
     parametrisation: str,
     precision: str,
@@ -215,7 +212,7 @@ def _make_layer(
         given = source[name]
     if given is not None and k is not None and given.S.shape[0] > k:
         if isinstance(given, QuantizedFactors):
-            raise ValueError("convert: rank cannot cut int8 factors; cut them before quantize.")
+            raise ValueError("convert: rank cannot cut 8-bit factors; cut them before quantize.")
         given = SVDFactors(given.U[:, :k], given.S[:k], given.V[:, :k])
     try:
         layer = SVFLinear.from_linear(
@@ -224,13 +221,25 @@ def _make_layer(
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:
         raise type(error)(f"convert: layer {name!r}: {error}") from error
-    if int8 and not isinstance(layer.factors, QuantizedFactors):
-        layer._set_factors(quantize(layer.factors))
+    if kind is not None:
+        _quantize_layer(name, layer, kind)
     layer.z.requires_grad_(False)
     # The very same dicts: the handles that their owners hold go on working, now and after revert.
     for attribute in _HOOKS:
         setattr(layer, attribute, getattr(module, attribute))
     return layer
+
+
+def _quantize_layer(name: str, layer: SVFLinear, kind: str) -> None:
+    """The layer's factors as ``kind``; 8-bit factors that were given must be of it already."""
+    f = layer.factors
+    if isinstance(f, SVDFactors):
+        layer._set_factors(quantize(f, kind))
+    elif f.kind != kind:
+        raise ValueError(
+            f"convert: decomposition has {f.kind} factors for layer {name!r}, "
+            f"factors={kind!r} was asked for. Quantize the full factors, or leave factors= out."
+        )
 
 
 _HOOKS = (

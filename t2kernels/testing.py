@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .ops import reference
+from .quantized import FACTOR_KINDS
 
 # Sizes with a reason: 1 (degenerate), 17 (one past a power of two), 63 (one short of a tile),
 # 64 and 128 (whole tiles), 200 (several tiles and a tail).
@@ -62,12 +63,13 @@ def make_inputs(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     seed: int = 0,
-    int8: bool = False,
+    factors: str | None = None,
 ) -> Inputs:
     """Random inputs of the kernel contract.
 
     ``slots`` = 0 gives one d (r,); otherwise D (slots, r) and a slot per token that uses every
-    slot in turn and -1 now and then. With ``int8`` the factors are int8 with a per-column scale.
+    slot in turn and -1 now and then. ``factors`` "int8" or "fp8" gives 8-bit factors with a scale
+    per column.
     U and V have roughly orthonormal columns, so y has the size of x times sigma.
     """
     gen = torch.Generator().manual_seed(seed)
@@ -79,9 +81,14 @@ def make_inputs(
 
     x = randn(T, n).to(dtype)
     scale = None
-    if int8:
-        U = torch.randint(-127, 128, (m, r), generator=gen, dtype=torch.int8)
-        Vh = torch.randint(-127, 128, (r, n), generator=gen, dtype=torch.int8)
+    if factors is not None:
+
+        def eight_bit(*shape: int) -> Tensor:  # entries of about 73 in the mean square
+            if factors == "int8":
+                return torch.randint(-127, 128, shape, generator=gen, dtype=torch.int8)
+            return (73 * randn(*shape)).clamp_(-448, 448).to(FACTOR_KINDS[factors])
+
+        U, Vh = eight_bit(m, r), eight_bit(r, n)
         scale = ((0.5 + torch.rand(r, generator=gen)) / (73.0**2 * (m * n) ** 0.5)).to(diag_dtype)
     else:
         U = (randn(m, r) / m**0.5).to(dtype)

@@ -152,16 +152,60 @@ def test_a_folder_of_factors_is_used_and_verified(model, tmp_path):
         t2k.convert(model, "mlp", decomposition=str(tmp_path / "f"))
 
 
-def test_int8_factors(model):
-    t2k.convert(model, "mlp", factors="int8")
-    layer = model.layers[0].mlp["up_proj"]
-    assert isinstance(layer.factors, t2k.QuantizedFactors)
+@pytest.mark.parametrize("kind", t2k.FACTOR_KINDS)
+@pytest.mark.parametrize("options", [{}, {"rank": 3}, {"keep_weight": False}], ids=str)
+def test_eight_bit_factors(model, kind, options):
+    with torch.no_grad():
+        exact = model(IDS)
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    t2k.convert(model, "mlp", factors=kind, **options)
+    layers = t2k.svf_layers(model)
+    for layer in layers.values():
+        assert isinstance(layer.factors, t2k.QuantizedFactors) and layer.factors.kind == kind
+        assert str(t2k.FACTOR_KINDS[kind]) in repr(layer)
+    dropped = "keep_weight" in options
     bank = t2k.ExpertBank(model)
-    bank.add("a", t2k.Expert({n: torch.full((8,), 1.0) for n in bank.layers}))
+    bank.add("one", t2k.Expert({n: torch.ones(layer.rank) for n, layer in layers.items()}))
+    bank.add("two", t2k.Expert({n: torch.full((layer.rank,), 2.0) for n, layer in layers.items()}))
+    room = 0.05 if kind == "int8" else 0.1
+    close = {"atol": room, "rtol": room}
     with torch.no_grad():
         base = model(IDS)
-        with bank.use("a"):
-            torch.testing.assert_close(model(IDS), base, atol=0.05, rtol=0.05)
+        assert torch.equal(base, exact) != dropped  # without W the base is what the factors say
+        torch.testing.assert_close(base, exact, **close)
+        with bank.use("one"):
+            torch.testing.assert_close(model(IDS), exact, **close)
+        with bank.use("two"):
+            moved = model(IDS)
+        assert (moved - exact).abs().max() > 0.1, "the expert does nothing: no test"
+        bank.merge("two")
+        torch.testing.assert_close(model(IDS), moved, **close)
+        bank.unmerge()
+        assert torch.equal(model(IDS), base)
+        t2k.revert(model)
+    assert all(torch.equal(p, weights[n]) != (dropped and "mlp" in n and "weight" in n)
+               for n, p in model.named_parameters())  # fmt: skip
+
+
+def test_eight_bit_factors_of_a_decomposition(model, tmp_path):
+    """A folder holds the weight's dtype and serves both kinds; a mapping may hold either."""
+    weights = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    save_file(weights, tmp_path / "model.safetensors")
+    t2k.decompose_checkpoint(tmp_path / "model.safetensors", tmp_path / "f", progress=False)
+    given = {}
+    for kind in t2k.FACTOR_KINDS:
+        t2k.convert(model, "mlp", decomposition=tmp_path / "f", factors=kind)
+        given = {name: layer.factors for name, layer in t2k.svf_layers(model).items()}
+        assert {f.kind for f in given.values()} == {kind}
+        t2k.revert(model)
+        t2k.convert(model, "mlp", decomposition=given, factors=kind)
+        assert {layer.factors.kind for layer in t2k.svf_layers(model).values()} == {kind}
+        t2k.revert(model)
+    with pytest.raises(ValueError, match=f"has {kind} factors for layer .*'int8' was asked for"):
+        t2k.convert(model, "mlp", decomposition=given, factors="int8")
+    with pytest.raises(ValueError, match="rank cannot cut 8-bit factors"):
+        t2k.convert(model, "mlp", decomposition=given, rank=2)
+    assert not t2k.svf_layers(model)
 
 
 def test_inference_mode_conversion_can_be_trained_later(model):

@@ -1,4 +1,4 @@
-// bf16 and fp16 to and from fp32, one element at a time, without any instruction-set assumption.
+// bf16, fp16 and fp8 (e4m3fn) to fp32 and back from it, one element at a time, without any instruction-set assumption.
 // Everything has internal linkage: these headers are compiled with different flags in different files, and the
 // linker must never pick an AVX-512 copy of a function for a machine without it.
 #pragma once
@@ -14,6 +14,9 @@ struct BF16 {
 };
 struct F16 {
   std::uint16_t bits;
+};
+struct F8 {
+  std::uint8_t bits;
 };
 
 inline float as_float(std::uint32_t bits) {
@@ -38,6 +41,17 @@ inline float to_float(F16 v) {
   // Infinity and NaN keep an all-ones exponent.
   const float value = magnitude >= 0x7c00u ? as_float((magnitude << 13) | 0x7f800000u) : scaled;
   return as_float(as_bits(value) | sign);
+}
+
+inline float to_float(F8 v) {
+  const std::uint32_t sign = static_cast<std::uint32_t>(v.bits & 0x80u) << 24;
+  const std::uint32_t magnitude = v.bits & 0x7fu;
+  // In fp32's fields the exponent is 120 too small. A subnormal, M * 2^-9, is (1 + M/8) * 2^-6 without the 1: no fp32
+  // subnormal on the way, which a processor may be told to flush. The one NaN is kept.
+  const float normal = as_float((magnitude << 20) + 0x3c000000u);
+  const float small = as_float((magnitude << 20) + 0x3c800000u) - 0x1p-6f;
+  const float value = magnitude < 8u ? small : normal;
+  return as_float((magnitude == 0x7fu ? 0x7fc00000u : as_bits(value)) | sign);
 }
 
 template <class To>

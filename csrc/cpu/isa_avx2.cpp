@@ -20,6 +20,12 @@ T2_INLINE __m256 widen(const F16* p) {
 T2_INLINE __m256 widen(const std::int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
+// As fp16 the bits say 2^-8 of the value, subnormals too.
+T2_INLINE __m256 widen(const F8* p) {
+  const __m128i v = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m128i half = _mm_and_si128(_mm_slli_epi16(v, 7), _mm_set1_epi16(static_cast<short>(0xbf80)));
+  return _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0f));
+}
 // The last elements of a row go through a zeroed buffer: nothing behind the row is read.
 template <class T>
 T2_INLINE __m256 widen_tail(const T* p, int count) {
@@ -71,6 +77,7 @@ const KernelTable kTable = {
     "avx2",
     {kernel<Avx2<float, float>>(), kernel<Avx2<BF16, BF16>>(), kernel<Avx2<F16, F16>>()},
     {kernel<Avx2<std::int8_t, float>>(), kernel<Avx2<std::int8_t, BF16>>(), kernel<Avx2<std::int8_t, F16>>()},
+    {kernel<Avx2<F8, float>>(), kernel<Avx2<F8, BF16>>(), kernel<Avx2<F8, F16>>()},
     {row_kernels<float>(), row_kernels<BF16>(), row_kernels<F16>()},
     read_stream,
 };

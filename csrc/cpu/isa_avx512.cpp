@@ -1,4 +1,4 @@
-// AVX-512 without bf16 instructions: 16-bit and int8 weights are widened to fp32 in registers.
+// AVX-512 without bf16 instructions: 16-bit and 8-bit weights are widened to fp32 in registers.
 #include "kernel_table.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
@@ -11,7 +11,8 @@ const KernelTable kTable = {
     "avx512",
     {kernel<Avx512<float, float>>(), kernel<Avx512<BF16, BF16>>(), kernel<Avx512<F16, F16>>()},
     {kernel<Avx512<std::int8_t, float>>(), kernel<Avx512<std::int8_t, BF16>>(), kernel<Avx512<std::int8_t, F16>>()},
-    {row_kernels<float>(), row_kernels<BF16>(), {scale_row_f16, accumulate_f16, dequantise_row_f16}},
+    {kernel<Avx512<F8, float>>(), kernel<Avx512<F8, BF16>>(), kernel<Avx512<F8, F16>>()},
+    {row_kernels<float>(), row_kernels<BF16>(), row_kernels_f16()},
     read_stream,
 };
 

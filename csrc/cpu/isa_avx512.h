@@ -37,6 +37,15 @@ T2_INLINE __m512 widen(const std::int8_t* p, __mmask16 k) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(k, p)));
 }
 
+// As fp16 the bits say 2^-8 of the value, subnormals too.
+T2_INLINE __m512 fp8_to_ps(__m128i v) {
+  const __m256i half =
+      _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(v), 7), _mm256_set1_epi16(static_cast<short>(0xbf80)));
+  return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
+}
+T2_INLINE __m512 widen(const F8* p) { return fp8_to_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+T2_INLINE __m512 widen(const F8* p, __mmask16 k) { return fp8_to_ps(_mm_maskz_loadu_epi8(k, p)); }
+
 // Folds 16 lanes to 4 in a fixed tree: i with i + 8, then with i + 4.
 T2_INLINE __m128 fold(__m512 a) {
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
@@ -92,8 +101,9 @@ void accumulate_f16(const void* gu, const void* h, float* sum, std::int64_t coun
     _mm512_mask_storeu_ps(sum + i, k, _mm512_add_ps(widen(sum + i, k), product));
   }
 }
-void dequantise_row_f16(const std::int8_t* q, float row_scale, const float* col_scale, void* out,
-                        std::int64_t count) {
+template <class Q>
+void dequantise_row_f16(const void* in, float row_scale, const float* col_scale, void* out, std::int64_t count) {
+  const Q* q = static_cast<const Q*>(in);
   F16* b = static_cast<F16*>(out);
   for (std::int64_t i = 0; i < count; i += 16) {
     const __mmask16 k = count - i >= 16 ? static_cast<__mmask16>(0xffff) : first16(static_cast<int>(count - i));
@@ -102,6 +112,10 @@ void dequantise_row_f16(const std::int8_t* q, float row_scale, const float* col_
     const __m512 v = _mm512_mul_ps(widen(q + i, k), factor);
     _mm256_mask_storeu_epi16(b + i, k, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
+}
+
+constexpr RowKernels row_kernels_f16() {
+  return RowKernels{scale_row_f16, accumulate_f16, dequantise_row_f16<std::int8_t>, dequantise_row_f16<F8>};
 }
 
 float read_stream(const void* data, std::int64_t bytes) {

@@ -59,6 +59,7 @@ const KernelTable kTable = {
     "scalar",
     {kernel<Scalar<float, float>>(), kernel<Scalar<BF16, BF16>>(), kernel<Scalar<F16, F16>>()},
     {kernel<Scalar<std::int8_t, float>>(), kernel<Scalar<std::int8_t, BF16>>(), kernel<Scalar<std::int8_t, F16>>()},
+    {kernel<Scalar<F8, float>>(), kernel<Scalar<F8, BF16>>(), kernel<Scalar<F8, F16>>()},
     {row_kernels<float>(), row_kernels<BF16>(), row_kernels<F16>()},
     read_stream,
 };

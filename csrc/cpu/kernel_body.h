@@ -289,8 +289,9 @@ void accumulate(const void* gu, const void* h, float* sum, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) sum[i] += to_float(a[i]) * to_float(b[i]);
 }
 
-template <class X>
-void dequantise_row(const std::int8_t* q, float row_scale, const float* col_scale, void* out, std::int64_t count) {
+template <class Q, class X>
+void dequantise_row(const void* in, float row_scale, const float* col_scale, void* out, std::int64_t count) {
+  const Q* q = static_cast<const Q*>(in);
   X* b = static_cast<X*>(out);
   if (col_scale) {
     for (std::int64_t i = 0; i < count; ++i) b[i] = from_float<X>(to_float(q[i]) * (row_scale * col_scale[i]));
@@ -301,7 +302,7 @@ void dequantise_row(const std::int8_t* q, float row_scale, const float* col_scal
 
 template <class X>
 constexpr RowKernels row_kernels() {
-  return RowKernels{scale_row<X>, accumulate<X>, dequantise_row<X>};
+  return RowKernels{scale_row<X>, accumulate<X>, dequantise_row<std::int8_t, X>, dequantise_row<F8, X>};
 }
 
 }  // namespace

@@ -51,15 +51,16 @@ struct RowKernels {
   void (*scale_row)(const void* in, void* out, const float* d, const float* scale, std::int64_t count);
   // sum[i] += h[i] * gu[i]
   void (*accumulate)(const void* gu, const void* h, float* sum, std::int64_t count);
-  // out[i] = q[i] * (row_scale * col_scale[i]); col_scale may be null
-  void (*dequantise_row)(const std::int8_t* q, float row_scale, const float* col_scale, void* out,
-                         std::int64_t count);
+  // out[i] = q[i] * (row_scale * col_scale[i]) for int8 and for fp8 q; col_scale may be null
+  void (*dequantise_int8)(const void* q, float row_scale, const float* col_scale, void* out, std::int64_t count);
+  void (*dequantise_fp8)(const void* q, float row_scale, const float* col_scale, void* out, std::int64_t count);
 };
 
 struct KernelTable {
   const char* name;
   Kernel same[3];   // weights in x's dtype: fp32, bf16, fp16
   Kernel int8[3];   // int8 weights, by x's dtype
+  Kernel fp8[3];    // fp8 weights, likewise
   RowKernels rows[3];
   float (*read_stream)(const void* data, std::int64_t bytes);
 };

@@ -138,8 +138,8 @@ void svf_forward(Address x, std::int64_t x_stride, Address U, Address V, Address
                  int n_threads, int isa) {
   const KernelTable& functions = table(isa);
   check_dtype("x_dtype", x_dtype);
-  if (w_dtype != x_dtype && w_dtype != kI8) {
-    refuse("w_dtype must equal x_dtype or be 3 (int8), got " + std::to_string(w_dtype) + " with x_dtype " +
+  if (w_dtype != x_dtype && !is_eight_bit(w_dtype)) {
+    refuse("w_dtype must equal x_dtype or be 3 (int8) or 4 (fp8), got " + std::to_string(w_dtype) + " with x_dtype " +
            std::to_string(x_dtype));
   }
   check_size("T", T, 0);
@@ -149,7 +149,7 @@ void svf_forward(Address x, std::int64_t x_stride, Address U, Address V, Address
   if (T == 0) return;
   const DiagonalRows diagonal(d, d_stride, slots, slot, base, scale, T, r);
   Job job{};
-  job.kernel = w_dtype == kI8 ? &functions.int8[x_dtype] : &functions.same[x_dtype];
+  job.kernel = (w_dtype == kI8 ? functions.int8 : w_dtype == kF8 ? functions.fp8 : functions.same) + x_dtype;
   job.x = pointer<const char>(x);
   job.x_stride = x_stride;
   job.x_bytes = bytes_of(x_dtype);

@@ -105,22 +105,23 @@ void backward_rows(Address gu, std::int64_t gu_stride, Address h, std::int64_t h
   });
 }
 
-void dequantise(Address q, Address scale, int scale_axis, Address out, std::int64_t rows, std::int64_t cols, int dtype,
-                int n_threads, int isa) {
+void dequantise(Address q, int q_dtype, Address scale, int scale_axis, Address out, std::int64_t rows,
+                std::int64_t cols, int dtype, int n_threads, int isa) {
   const KernelTable& functions = table(isa);
   check_dtype("dtype", dtype);
+  if (!is_eight_bit(q_dtype)) refuse("q_dtype must be 3 (int8) or 4 (fp8), got " + std::to_string(q_dtype));
   check_size("rows", rows, 0);
   check_size("cols", cols, 0);
   if (scale_axis != 0 && scale_axis != 1) refuse("scale_axis must be 0 (rows) or 1 (columns), got " + std::to_string(scale_axis));
   if (rows == 0 || cols == 0) return;
   const RowKernels& kernels = functions.rows[dtype];
+  const auto dequantise_row = q_dtype == kI8 ? kernels.dequantise_int8 : kernels.dequantise_fp8;
   const std::int64_t size = bytes_of(dtype);
   const float* const factors = pointer<const float>(scale);
   parallel_share(useful_threads(n_threads, rows * cols), rows, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
-      kernels.dequantise_row(pointer<const std::int8_t>(q) + i * cols, factors && scale_axis == 0 ? factors[i] : 1.0f,
-                             factors && scale_axis == 1 ? factors : nullptr,
-                             pointer<char>(out) + i * cols * size, cols);
+      dequantise_row(pointer<const char>(q) + i * cols, factors && scale_axis == 0 ? factors[i] : 1.0f,
+                     factors && scale_axis == 1 ? factors : nullptr, pointer<char>(out) + i * cols * size, cols);
     }
   });
 }

@@ -25,7 +25,9 @@ inline void check_dtype(const char* name, int dtype) {
   refuse(std::string(name) + " must be 0 (fp32), 1 (bf16) or 2 (fp16), got " + std::to_string(dtype));
 }
 
-inline std::int64_t bytes_of(int dtype) { return dtype == kF32 ? 4 : dtype == kI8 ? 1 : 2; }
+inline bool is_eight_bit(int dtype) { return dtype == kI8 || dtype == kF8; }
+
+inline std::int64_t bytes_of(int dtype) { return dtype == kF32 ? 4 : is_eight_bit(dtype) ? 1 : 2; }
 
 template <class T>
 T* pointer(Address address) {

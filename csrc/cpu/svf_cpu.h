@@ -26,7 +26,7 @@ namespace t2::cpu {
 using Address = std::uintptr_t;
 
 // Type codes, shared with Python.
-enum DType : int { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3 };
+enum DType : int { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3, kF8 = 4 };  // kF8: e4m3fn, read as finite
 
 // Instruction-set codes. kAuto = the best one this machine has, or the one T2_CPU_ISA names
 // ("scalar", "avx2", "avx512", "avx512bf16"; read once).
@@ -42,7 +42,7 @@ int isa_code(const std::string& name);
 std::string thread_runtime();
 
 // Both products in one parallel region. x (T, n) x_dtype, row stride x_stride; V stored (r, n), U (m, r), both
-// contiguous in w_dtype (== x_dtype, or kI8); d fp32: (r,) when slot = 0, else (slots, r) with row stride
+// contiguous in w_dtype (== x_dtype, or kI8, kF8); d fp32: (r,) when slot = 0, else (slots, r) with row stride
 // d_stride; slot (T,) int32; base (r,) fp32, used where slot = -1 (0: zeros); bias (m,) x_dtype or 0; scale (r,)
 // fp32 or 0, multiplied beside d; y (T, m) contiguous x_dtype; h (T, r) contiguous x_dtype or 0: unscaled x V.
 // fp32 accumulation. Bits of a row depend on nothing but this row, the factors and the instruction set.
@@ -69,8 +69,8 @@ void backward_rows(Address gu, std::int64_t gu_stride, Address h, std::int64_t h
                    std::int64_t d_stride, std::int64_t slots, Address slot, Address base, Address scale, Address dd,
                    std::int64_t T, std::int64_t r, int dtype, int n_threads, int isa);
 
-// out (rows, cols) = q (rows, cols) int8 * scale; scale_axis 0: scale (rows,), 1: scale (cols,); scale = 0: ones.
-void dequantise(Address q, Address scale, int scale_axis, Address out, std::int64_t rows, std::int64_t cols,
+// out (rows, cols) = q (rows, cols) in q_dtype (kI8, kF8) * scale; scale_axis 0: scale (rows,), 1: scale (cols,); scale = 0: ones.
+void dequantise(Address q, int q_dtype, Address scale, int scale_axis, Address out, std::int64_t rows, std::int64_t cols,
                 int dtype, int n_threads, int isa);
 
 // One pass that reads the caller's memory with n_threads threads, in GB/s (1e9): the ceiling of a product whose weights

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..diagonal import check_sigma
-from ..quantized import QuantizedFactors
+from ..quantized import FACTOR_KINDS, QuantizedFactors, is_eight_bit
 from ..svd import SVDFactors
 from . import dispatch
 from .library import product
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_EIGHT_BIT = tuple(FACTOR_KINDS.values())
 
 
 def _plain_eager(x: Tensor) -> bool:
@@ -103,12 +104,15 @@ def _check(
     (m, r), n = U.shape, V.shape[0]
     if isinstance(f, QuantizedFactors):
         scales = (f.u_scale, f.v_scale)
-        if U.dtype != torch.int8 or any(
-            s.shape != (r,) or s.dtype != torch.float32 or s.device != U.device for s in scales
-        ):
+        if not is_eight_bit(U.dtype):
+            raise TypeError(
+                f"{op}: U and V of QuantizedFactors must be {' or '.join(map(str, _EIGHT_BIT))}, "
+                f"got {U.dtype}. Make them with t2kernels.quantize(factors)."
+            )
+        if any(s.shape != (r,) or s.dtype != torch.float32 or s.device != U.device for s in scales):
             raise ValueError(
-                f"{op}: int8 factors need u_scale and v_scale (r,) = ({r},) in torch.float32 on "
-                f"{U.device}, got {[(_shape(s), s.dtype) for s in scales]}. Make them with "
+                f"{op}: {f.kind} factors need u_scale and v_scale (r,) = ({r},) in torch.float32 "
+                f"on {U.device}, got {[(_shape(s), s.dtype) for s in scales]}. Make them with "
                 "t2kernels.quantize(factors)."
             )
     if V.dtype != U.dtype or f.S.dtype not in (torch.float32, torch.float64):
@@ -131,9 +135,9 @@ def _check(
         )
     autocast = under_autocast(x)
     if not x.is_floating_point():
-        wanted = torch.float32 if U.dtype == torch.int8 else U.dtype
+        wanted = torch.float32 if is_eight_bit(U.dtype) else U.dtype
         raise TypeError(f"{op}: x must be floating point, got {x.dtype}. Use x.to({wanted}).")
-    if U.dtype not in (x.dtype, torch.int8) and not autocast:
+    if U.dtype != x.dtype and not isinstance(f, QuantizedFactors) and not autocast:
         raise TypeError(
             f"{op}: x must have the factors' dtype {U.dtype}, got {x.dtype}. "
             f"Use x.to({U.dtype}) or decompose(weight, dtype={x.dtype})."
@@ -229,7 +233,7 @@ def _fits(
     return (
         type(d) in _PLAIN
         and x.dtype is not torch.float64
-        and (U.dtype is x.dtype or (U.dtype is torch.int8 and x.is_floating_point()))
+        and (U.dtype is x.dtype or (known.scale is not None and x.is_floating_point()))
         and x.dim() > 0
         and x.shape[-1] == known.n
         and d.dtype is torch.float32
@@ -310,7 +314,7 @@ def svf_linear(
     rounding.
 
     Args:
-        x: (..., n) in the factors' dtype (any floating dtype with int8 factors).
+        x: (..., n) in the factors' dtype (any floating dtype with 8-bit factors).
         f: factors U (m, r), S (r,), V (n, r), from ``decompose`` or ``quantize``.
         d: (r,) or (slots, r), fp32 (fp64 for fp64 x): σ⊙z from ``effective_diagonal``.
         slot: (tokens,) int32 with tokens = x.numel() / n, in [-1, slots). Values are checked here

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
 import torch
 from torch import Tensor
+
+from ..quantized import FACTOR_KINDS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -20,13 +22,20 @@ def unfit(
     bias: Tensor | None,
     scale: Tensor | None,
     floats: Container[torch.dtype] = FLOATS,
+    kinds: Sequence[str] = ("int8",),
 ) -> str | None:
-    """Why no kernel can run this call, or None. Metadata only: no sync, a few microseconds."""
+    """Why no kernel can run this call, or None. Metadata only: no sync, a few microseconds.
+
+    ``floats``: the dtypes of x that the backend has; ``kinds``: the 8-bit factors it can read.
+    """
     dtype = x.dtype
     if dtype not in floats:
         return f"x is {dtype}; float32, bfloat16 or float16 is needed"
-    if U.dtype is not V.dtype or (U.dtype is not dtype and U.dtype is not torch.int8):
-        return f"U and V are {U.dtype} and {V.dtype}; expected {dtype} like x, or int8"
+    if U.dtype is not V.dtype or (
+        U.dtype is not dtype and all(U.dtype is not FACTOR_KINDS[kind] for kind in kinds)
+    ):
+        readable = " or ".join(kinds)
+        return f"U and V are {U.dtype} and {V.dtype}; expected {dtype} like x, or {readable}"
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     if d.dtype is not wide or base.dtype is not wide:
         return f"d and base are {d.dtype} and {base.dtype}; expected {wide}"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..quantized import is_eight_bit
 from . import dispatch
 
 _library = torch.library.Library("t2kernels", "DEF")
@@ -164,8 +165,8 @@ def _autocast(device: str):  # type: ignore[no-untyped-def]
         dtype = torch.get_autocast_dtype(device)
 
         def cast(t: Tensor) -> Tensor:
-            low = t.is_floating_point() and t.dtype != torch.float64
-            return t.to(dtype) if low else t
+            wide = t.dtype == torch.float64 or is_eight_bit(t.dtype)
+            return t if wide or not t.is_floating_point() else t.to(dtype)
 
         with torch.autocast(device, enabled=False):
             return torch.ops.t2kernels.svf_product(

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..quantized import FACTOR_KINDS, is_eight_bit
 from . import torch_backend
-from .layout import unfit
+from .layout import FLOATS, unfit
 
 try:
     from .. import _native  # type: ignore[attr-defined]
@@ -26,8 +27,15 @@ except ImportError as error:  # a source tree without a build, or a build for an
 
 NAME = "native"
 
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+_CODES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int8: 3,
+    torch.float8_e4m3fn: 4,
+}
 _AUTO = -1
+_KINDS = tuple(FACTOR_KINDS)
 
 # Where the library takes over is measured (benchmarks/LOG.md, "CPU kernels"; 2 cores of EPYC Zen 5,
 # torch 2.13 with MKL 2024.2 and oneDNN 3.12). Tokens:
@@ -35,14 +43,14 @@ _UNLIMITED = 1 << 62
 # oneDNN's bf16 GEMM reaches 750 GFLOP/s there, ours 500: at 20 tokens ours takes 0.92 to 0.94 of
 # torch's time, at 32 it takes 1.00 to 1.07.
 _BF16_TOKENS = 20
-# The same GEMM after widening int8 to bf16 in memory; ours widens in registers.
-_INT8_BF16_TOKENS = 40
+# The same GEMM after widening 8-bit factors to bf16 in memory; ours widens in registers.
+_8BIT_BF16_TOKENS = 40
 # A library at its best (not measured here: MKL on its own make of CPU, fp16 in hardware) is left
 # to do everything that the memory's speed does not decide.
 _CAUTIOUS_TOKENS = 16
 # Without vector instructions of ours only products that wait for memory are worth it.
 _SCALAR_TOKENS = 4
-# int8 weights of large T are widened piece by piece into one buffer of at most this many elements.
+# 8-bit weights of large T are widened piece by piece into one buffer of at most this many elements.
 DEQUANTISE_ELEMENTS = 4 * 1024 * 1024
 
 
@@ -64,23 +72,23 @@ def _onednn_has(dtype: str) -> bool:
 
 
 def _decode_tokens() -> tuple[dict[torch.dtype, int], dict[torch.dtype, int]]:
-    """Largest T for the kernel of ours, by x's dtype: with factors of that dtype, and with int8."""
+    """Largest T for the kernel of ours, by x's dtype: with factors of it, with 8-bit ones."""
     if _MISSING is not None or _native.isa_name(_AUTO) == "scalar":
         scalar = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), _SCALAR_TOKENS)
         return scalar, {**scalar, torch.float16: _UNLIMITED}
     wide = _native.isa_name(_AUTO) != "avx2"
     fp32 = _UNLIMITED if wide and _mkl_is_slow() else _CAUTIOUS_TOKENS
     fp16 = _CAUTIOUS_TOKENS if _onednn_has("fp16") else _UNLIMITED
-    bf16, int8_bf16 = _UNLIMITED, _UNLIMITED
+    bf16, eight_bf16 = _UNLIMITED, _UNLIMITED
     if _onednn_has("bf16"):
         fast = _native.isa_name(_AUTO) == "avx512bf16"
-        bf16, int8_bf16 = (_BF16_TOKENS, _INT8_BF16_TOKENS) if fast else (_CAUTIOUS_TOKENS,) * 2
+        bf16, eight_bf16 = (_BF16_TOKENS, _8BIT_BF16_TOKENS) if fast else (_CAUTIOUS_TOKENS,) * 2
     same = {torch.float32: fp32, torch.bfloat16: bf16, torch.float16: fp16}
-    # fp16 never goes to a library with int8 factors: unscaled products leave its range.
-    return same, {**same, torch.bfloat16: int8_bf16, torch.float16: _UNLIMITED}
+    # fp16 never goes to a library with 8-bit factors: unscaled products leave its range.
+    return same, {**same, torch.bfloat16: eight_bf16, torch.float16: _UNLIMITED}
 
 
-DECODE_TOKENS, DECODE_TOKENS_INT8 = _decode_tokens()
+DECODE_TOKENS, DECODE_TOKENS_8BIT = _decode_tokens()
 
 
 def unavailable(
@@ -98,7 +106,7 @@ def unavailable(
         return _MISSING
     if x.device.type != "cpu" or U.device.type != "cpu":
         return f"x is on {x.device}, the native backend runs on the cpu"
-    return unfit(x, U, V, d, base, slot, bias, scale)
+    return unfit(x, U, V, d, base, slot, bias, scale, kinds=_KINDS)
 
 
 def forward(
@@ -121,7 +129,7 @@ def forward(
     """
     tokens, n = x.shape
     m, r = U.shape
-    limits = DECODE_TOKENS if scale is None and U.dtype != torch.int8 else DECODE_TOKENS_INT8
+    limits = DECODE_TOKENS if scale is None and not is_eight_bit(U.dtype) else DECODE_TOKENS_8BIT
     if not batch_invariant and tokens > limits[x.dtype]:
         return _forward_library(x, U, V, d, base, slot, bias, scale, save_h)
     y = torch.empty((tokens, m), dtype=x.dtype)
@@ -169,8 +177,8 @@ def backward(
     """dx = ((g U) * d_row) Vᵀ and dd[s] = Σ scale * h[t] * (g U)[t] over the tokens of slot s."""
     if not (need_dx or need_dd):
         return None, None
-    if U.dtype == torch.int8 and x.dtype == torch.float16:
-        # Products with unscaled int8 factors leave fp16's range.
+    if is_eight_bit(U.dtype) and x.dtype == torch.float16:
+        # Products with unscaled 8-bit factors leave fp16's range.
         return torch_backend.backward(
             g, x, U, V, d, base, slot, h, scale, need_dx=need_dx, need_dd=need_dd
         )
@@ -209,7 +217,7 @@ def linear_unavailable(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         return _MISSING
     if x.device.type != "cpu" or weight.device.type != "cpu":
         return f"x is on {x.device}, the native backend runs on the cpu"
-    if x.dtype != weight.dtype or x.dtype not in _CODES or x.dtype == torch.int8:
+    if x.dtype != weight.dtype or x.dtype not in FLOATS:
         return f"x and weight have dtypes {x.dtype} and {weight.dtype}"
     if bias is not None and bias.dtype != x.dtype:
         return f"bias has dtype {bias.dtype}, expected {x.dtype}"
@@ -312,8 +320,8 @@ def _forward_library(
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a (T, k) times b (k, q) by the library; int8 b is widened in pieces of bounded size."""
-    if b.dtype != torch.int8:
+    """a (T, k) times b (k, q) by the library; 8-bit b is widened in pieces of bounded size."""
+    if not is_eight_bit(b.dtype):
         return torch.mm(a, b)
     # The pieces are rows of the stored matrix, be it b itself or its transpose.
     by_columns = b.t().is_contiguous()
@@ -328,6 +336,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
         end = begin + piece.shape[0]
         _native.dequantise(
             stored.data_ptr() + begin * cols,
+            _CODES[b.dtype],
             0,
             0,
             piece.data_ptr(),

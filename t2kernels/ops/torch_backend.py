@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..quantized import is_eight_bit
 from .reference import accumulate_dtype, diagonal_rows
 
 NAME = "torch"
@@ -30,8 +31,8 @@ def unavailable(
 
 
 def _factors(x: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 factors are widened for the call; others are used as they are."""
-    return (U.to(x.dtype), V.to(x.dtype)) if U.dtype == torch.int8 else (U, V)
+    """8-bit factors are widened for the call; others are used as they are."""
+    return (U.to(x.dtype), V.to(x.dtype)) if is_eight_bit(U.dtype) else (U, V)
 
 
 def _scaled(h: Tensor, rows: Tensor, *, keep: bool) -> Tensor:
@@ -53,8 +54,8 @@ def forward(
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """See ``reference.forward``; h is rounded to x.dtype by the first product as well."""
-    if U.dtype == torch.int8 and x.dtype == torch.float16:
-        # Products with unscaled int8 factors leave fp16's range: all of it in fp32.
+    if is_eight_bit(U.dtype) and x.dtype == torch.float16:
+        # Products with unscaled 8-bit factors leave fp16's range: all of it in fp32.
         wide = None if bias is None else bias.float()
         y, h = forward(
             x.float(), U, V, d, base, slot, wide, scale,
@@ -102,7 +103,7 @@ def backward(
     """See ``reference.backward``. Per-slot sums are a product with the membership matrix: a fixed
     order of summation, where index_add would use atomics on a GPU."""
     acc = accumulate_dtype(x)
-    if U.dtype == torch.int8 and x.dtype == torch.float16:
+    if is_eight_bit(U.dtype) and x.dtype == torch.float16:
         # h is computed again: as it was kept, rounded to fp16, it may have left the range.
         dx, dd = backward(
             g.float(), x.float(), U, V, d, base, slot, None, scale, need_dx=need_dx, need_dd=need_dd

@@ -45,20 +45,24 @@ def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["same", "int8"])
+@pytest.mark.parametrize("factors", [None, "int8"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 2, 5, 8, 17, 64, 128])
-def test_square(tokens: int, dtype, int8: bool) -> None:
-    check(testing.make_inputs(tokens, 1024, 1024, 1024, dtype=dtype, int8=int8, device=DEVICE))
+def test_square(tokens: int, dtype, factors: str | None) -> None:
+    check(
+        testing.make_inputs(tokens, 1024, 1024, 1024, dtype=dtype, factors=factors, device=DEVICE)
+    )
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["same", "int8"])
+@pytest.mark.parametrize("factors", [None, "int8"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (17, 63, 17), (63, 17, 63), (200, 128, 64)], ids=str)
 @pytest.mark.parametrize("slots", [0, 1, 5, 64])
-def test_awkward_sizes(sizes, slots: int, dtype, int8: bool) -> None:
+def test_awkward_sizes(sizes, slots: int, dtype, factors: str | None) -> None:
     n, m, r = sizes
-    check(testing.make_inputs(17, n, m, r, slots=slots, dtype=dtype, int8=int8, device=DEVICE))
+    check(
+        testing.make_inputs(17, n, m, r, slots=slots, dtype=dtype, factors=factors, device=DEVICE)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

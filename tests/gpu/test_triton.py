@@ -15,6 +15,7 @@ from torch import Tensor
 from t2kernels import testing
 from t2kernels.ops import reference
 from t2kernels.ops import triton as backend
+from t2kernels.quantized import FACTOR_KINDS
 from t2kernels.testing import Inputs, assert_accurate, make_inputs, poisoned_empty
 
 pytest.importorskip("triton")
@@ -95,8 +96,9 @@ def test_values(shape: tuple[int, ...], slots: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
-def test_int8_factors(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    i = inputs(*shape, slots=3, dtype=dtype, int8=True)
+@pytest.mark.parametrize("kind", FACTOR_KINDS)
+def test_eight_bit_factors(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> None:
+    i = inputs(*shape, slots=3, dtype=dtype, factors=kind)
     check_forward(i)
     check_backward(i, saved=False)
 
@@ -131,10 +133,10 @@ def test_no_tokens() -> None:
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
-@pytest.mark.parametrize("int8", [False, True])
-def test_batch_invariance(dtype: torch.dtype, int8: bool) -> None:
+@pytest.mark.parametrize("factors", [None, *FACTOR_KINDS])
+def test_batch_invariance(dtype: torch.dtype, factors: str | None) -> None:
     """A row's bits: alone, at another place, among 1, 7, 64 or 300 rows of other requests."""
-    i = inputs(300, 200, 264, 136, slots=5, dtype=dtype, int8=int8)
+    i = inputs(300, 200, 264, 136, slots=5, dtype=dtype, factors=factors)
     assert i.slot is not None
     whole, _ = backend.forward(*i.args(), batch_invariant=True)
     for first, count in ((0, 1), (13, 1), (299, 1), (5, 7), (64, 64), (100, 200)):

@@ -225,9 +225,23 @@ def test_dropping_the_weight_needs_the_full_rank(zoo):
     assert not t2k.svf_layers(model)
 
 
-def test_int8_factors_without_a_weight_follow_a_cast(zoo, inputs):
-    model = _model(zoo, factors="int8", keep_weight=False).bfloat16()
-    assert _logits(model, inputs).dtype == torch.bfloat16
+@pytest.mark.parametrize("kind", t2k.FACTOR_KINDS)
+def test_eight_bit_factors_without_a_weight_follow_a_cast(zoo, inputs, kind):
+    model = _model(zoo, factors=kind, keep_weight=False)
+    layers = t2k.svf_layers(model).values()
+    before = [layer.factors for layer in layers]
+    exact = _logits(model, inputs)
+    for dtype in (torch.bfloat16, torch.float32):
+        model = model.to("cpu", dtype)
+        assert _logits(model, inputs).dtype == dtype
+    for layer, f in zip(layers, before, strict=True):
+        assert layer.factors.kind == kind and layer.factors.dtype == torch.float32
+        for name in ("U", "S", "V", "u_scale", "v_scale"):
+            assert getattr(layer.factors, name) is getattr(f, name) or torch.equal(
+                getattr(layer.factors, name).double(), getattr(f, name).double()
+            )
+    # Norms and embeddings went through bf16.
+    torch.testing.assert_close(_logits(model, inputs), exact, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -184,7 +184,8 @@ class _Sizes(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"factors": "int8"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"factors": "int8"},
+                                     {"factors": "fp8"}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("routed", [False, True])
 def test_a_training_step_builds_no_matrix(options, routed):
     torch.manual_seed(0)

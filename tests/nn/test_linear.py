@@ -146,16 +146,18 @@ def test_loading_another_weight_under_the_factors_is_refused():
         layer.load_state_dict({**state, "weight": state["weight"] + 1})
 
 
-@pytest.mark.parametrize("options", [{}, {"keep_weight": False}, {"int8": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"keep_weight": False}, {"kind": "int8"}, {"kind": "fp8"}], ids=str
+)
 def test_assigned_weights_take_their_factors_along(options):
     """load_state_dict(assign=True) takes tensors as they come: z stays fp32, factors follow."""
     options = dict(options)
-    int8 = options.pop("int8", False)
+    kind = options.pop("kind", None)
     torch.manual_seed(0)
     linear = nn.Linear(8, 6)
     layer = t2k.SVFLinear.from_linear(linear, **options)
-    if int8:
-        factors = t2k.quantize(layer.factors)
+    if kind:
+        factors = t2k.quantize(layer.factors, kind)
         layer = t2k.SVFLinear.from_linear(linear, factors=factors)
     state = {key: value.bfloat16() for key, value in layer.state_dict().items()}
     state["z"] = torch.linspace(0.5, 1.5, 6).bfloat16()

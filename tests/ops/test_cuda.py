@@ -28,7 +28,10 @@ UNFIT = {
 
 def test_fit() -> None:
     assert unfit(*GOOD.args()) is None
-    assert unfit(*testing.make_inputs(128, 8, 8, 8, int8=True).args()) is None
+    assert unfit(*testing.make_inputs(128, 8, 8, 8, factors="int8").args()) is None
+    fp8 = testing.make_inputs(128, 8, 8, 8, factors="fp8").args()
+    assert "float8_e4m3fn; expected torch.float32 like x, or int8" in str(unfit(*fp8))
+    assert unfit(*fp8, kinds=("int8", "fp8")) is None
     wide = torch.zeros(4, 64)[:, :32]
     assert unfit(*replace(GOOD, x=wide).args()) is None
     assert cuda._too_many(128) is None
@@ -97,9 +100,11 @@ def test_rules(monkeypatch: pytest.MonkeyPatch) -> None:
 
 NO_MMA = {
     "float32 with these factors": testing.make_inputs(1, 16, 16, 16),
-    "float16 with int8 factors": testing.make_inputs(1, 16, 8, 16, dtype=torch.half, int8=True),
+    "float16 with int8 factors": testing.make_inputs(
+        1, 16, 8, 16, dtype=torch.half, factors="int8"
+    ),
     "multiples of 8": testing.make_inputs(1, 20, 16, 16, dtype=torch.half),
-    "multiples of 16": testing.make_inputs(1, 24, 16, 16, dtype=torch.bfloat16, int8=True),
+    "multiples of 16": testing.make_inputs(1, 24, 16, 16, dtype=torch.bfloat16, factors="int8"),
 }
 
 

@@ -35,14 +35,18 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_one_diagonal(emulated, shape, dtype, int8: bool) -> None:
     T, n, m, r = shape
-    emulated.check(testing.make_inputs(T, n, m, r, dtype=dtype, int8=int8, seed=T + n))
+    emulated.check(
+        testing.make_inputs(T, n, m, r, dtype=dtype, factors="int8" if int8 else None, seed=T + n)
+    )
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["same", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("slots", [1, 5, 17])
 def test_diagonal_per_slot(emulated, slots: int, dtype, int8: bool) -> None:
-    inputs = testing.make_inputs(17, 63, 17, 64, slots=slots, dtype=dtype, int8=int8, bias=False)
+    inputs = testing.make_inputs(
+        17, 63, 17, 64, slots=slots, dtype=dtype, factors="int8" if int8 else None, bias=False
+    )
     assert inputs.slot is not None and int(inputs.slot.min()) == -1
     emulated.check(inputs)
 
@@ -101,7 +105,9 @@ def test_order_of_threads_does_not_change_bits(emulated, order: int) -> None:
 def test_reads_nothing_behind_the_end(emulated, shape, int8: bool) -> None:
     """Every operand ends at a forbidden page: a read past it would kill this process."""
     T, n, m, r = shape
-    inputs = testing.make_inputs(T, n, m, r, slots=2, dtype=torch.bfloat16, int8=int8)
+    inputs = testing.make_inputs(
+        T, n, m, r, slots=2, dtype=torch.bfloat16, factors="int8" if int8 else None
+    )
     moved, _memory = emulated.at_the_edge(inputs)
     assert torch.equal(emulated.run(moved)[0], emulated.run(inputs)[0])
 

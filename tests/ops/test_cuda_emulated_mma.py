@@ -40,7 +40,9 @@ SHAPES = [
 
 
 def make(T: int, n: int, m: int, r: int, *, dtype=BF16, int8: bool = False, slots: int = 3, **more):
-    return testing.make_inputs(T, n, m, r, dtype=dtype, int8=int8, slots=slots, **more)
+    return testing.make_inputs(
+        T, n, m, r, dtype=dtype, factors="int8" if int8 else None, slots=slots, **more
+    )
 
 
 @forms

@@ -50,7 +50,9 @@ FAULTS = {
 def goes_wrong(emulated, form: str, int8: bool) -> bool:
     """Whether any order of threads shows it, over two calls of several items a block."""
     dtype = torch.bfloat16
-    inputs = testing.make_inputs(20, 1104, 300, 80, slots=3, dtype=dtype, int8=int8)
+    inputs = testing.make_inputs(
+        20, 1104, 300, 80, slots=3, dtype=dtype, factors="int8" if int8 else None
+    )
     for order, late in ((0, False), (1, True), (2, False), (3, True)):
         emulated.settings(order=order, late=late)
         try:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from t2kernels.ops import native, reference
+from t2kernels.quantized import FACTOR_KINDS
 from t2kernels.testing import (
     Inputs,
     assert_accurate,
@@ -28,6 +29,7 @@ from t2kernels import _native
 
 ISAS = _native.isa_available()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FACTORS = [None, *FACTOR_KINDS]
 # (T, n, m, r): degenerate; one past or short of a step, a line, a tile; whole tiles; many tokens.
 SHAPES = [
     (1, 1, 1, 1),
@@ -53,7 +55,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 @pytest.fixture
 def decode(monkeypatch: pytest.MonkeyPatch) -> None:
     """The decode kernel at every T, not the library."""
-    for table in (native.DECODE_TOKENS, native.DECODE_TOKENS_INT8):
+    for table in (native.DECODE_TOKENS, native.DECODE_TOKENS_8BIT):
         for dtype in list(table):
             monkeypatch.setitem(table, dtype, 1 << 30)
 
@@ -61,7 +63,7 @@ def decode(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> None:
     """The library path at every T."""
-    for table in (native.DECODE_TOKENS, native.DECODE_TOKENS_INT8):
+    for table in (native.DECODE_TOKENS, native.DECODE_TOKENS_8BIT):
         for dtype in list(table):
             monkeypatch.setitem(table, dtype, -1)
 
@@ -85,28 +87,32 @@ def check_forward(i: Inputs, **options: bool) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("slots", [0, 3])
-@pytest.mark.parametrize("int8", [False, True], ids=["same", "int8"])
-def test_forward_decode(isa, decode, shape, dtype, slots, int8) -> None:
+@pytest.mark.parametrize("factors", FACTORS)
+def test_forward_decode(isa, decode, shape, dtype, slots, factors) -> None:
     T, n, m, r = shape
-    check_forward(make_inputs(T, n, m, r, slots=slots, bias=slots == 0, dtype=dtype, int8=int8))
+    check_forward(
+        make_inputs(T, n, m, r, slots=slots, bias=slots == 0, dtype=dtype, factors=factors)
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("slots", [0, 3])
-@pytest.mark.parametrize("int8", [False, True], ids=["same", "int8"])
-def test_forward_library(isa, library, shape, dtype, slots, int8, monkeypatch) -> None:
+@pytest.mark.parametrize("factors", FACTORS)
+def test_forward_library(isa, library, shape, dtype, slots, factors, monkeypatch) -> None:
     monkeypatch.setattr(native, "DEQUANTISE_ELEMENTS", 1000)
     T, n, m, r = shape
-    check_forward(make_inputs(T, n, m, r, slots=slots, bias=slots == 0, dtype=dtype, int8=int8))
+    check_forward(
+        make_inputs(T, n, m, r, slots=slots, bias=slots == 0, dtype=dtype, factors=factors)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("int8", [False, True], ids=["same", "int8"])
+@pytest.mark.parametrize("factors", FACTORS)
 @pytest.mark.parametrize("path", ["decode", "library"])
-def test_strided_inputs(isa, path, dtype, int8, request) -> None:
+def test_strided_inputs(isa, path, dtype, factors, request) -> None:
     request.getfixturevalue(path)
-    i = make_inputs(6, 50, 41, 37, slots=3, dtype=dtype, int8=int8)
+    i = make_inputs(6, 50, 41, 37, slots=3, dtype=dtype, factors=factors)
     wide = torch.full((6, 61), float("nan"), dtype=dtype)
     wide[:, 3:53] = i.x
     arena = torch.full((3, 91), float("nan"))
@@ -144,25 +150,48 @@ def test_empty_table_means_base(isa) -> None:
     assert dd is not None and dd.shape == (0, 10)
 
 
+def every_value(kind: str) -> Tensor:
+    """All 8-bit patterns but NaN: -128 of int8, zeros and subnormals of fp8 among them."""
+    values = torch.arange(-128, 128, dtype=torch.int8).view(FACTOR_KINDS[kind])
+    return values[~values.float().isnan()]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_int8_value_is_exact(isa, dtype) -> None:
-    """x picks one entry at a time, so y must be that entry, -128 included."""
-    values = torch.arange(-128, 128, dtype=torch.int8)
-    V = values.view(1, 256).t()  # n = 256, r = 1
-    one = torch.ones(1)
-    y, _ = native.forward(
-        torch.eye(256, dtype=dtype), torch.ones(1, 1, dtype=torch.int8), V, one, one, scale=one,
-        batch_invariant=True,
-    )  # fmt: skip
-    assert y.float().flatten().tolist() == values.float().tolist()
+@pytest.mark.parametrize("kind", FACTOR_KINDS)
+def test_every_value_is_exact(isa, dtype, kind) -> None:
+    """x picks one entry at a time, so y must be that entry, in whole steps and in the tail."""
+    values = every_value(kind)
+    count, one = len(values), torch.ones(1)
+    assert count == (256 if kind == "int8" else 254)
+    for size in (count, 1, 7, 33):
+        V = values[-size:].view(1, size).t()  # n = size, r = 1
+        y, _ = native.forward(
+            torch.eye(size, dtype=dtype), one.to(V.dtype)[None], V, one, one, scale=one,
+            batch_invariant=True,
+        )  # fmt: skip
+        assert y.float().flatten().tolist() == values[-size:].float().tolist()
+
+
+@pytest.mark.parametrize("kind", FACTOR_KINDS)
+def test_values_do_not_depend_on_flushing(isa, kind) -> None:
+    """Small fp8 values are no small numbers of fp32: a processor that flushes those keeps them."""
+    values, one = every_value(kind), torch.ones(1)
+    V, eye = values[None].t(), torch.eye(len(values))
+    torch.set_flush_denormal(True)
+    try:
+        y, _ = native.forward(eye, one.to(V.dtype)[None], V, one, one, scale=one)
+        wide = native._product(eye, V)
+    finally:
+        torch.set_flush_denormal(False)
+    assert y.flatten().tolist() == wide.flatten().tolist() == values.float().tolist()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("int8", [False, True], ids=["same", "int8"])
+@pytest.mark.parametrize("factors", FACTORS)
 @pytest.mark.parametrize("shape", [(203, 139, 101), (2600, 31, 19)], ids=str)  # one chunk, more
-def test_batch_invariant_bits(isa, dtype, int8, shape) -> None:
+def test_batch_invariant_bits(isa, dtype, factors, shape) -> None:
     """A row alone, in batches of 1 to 40, at any place, on one thread or two: the same bits."""
-    i = make_inputs(40, *shape, slots=5, dtype=dtype, int8=int8)
+    i = make_inputs(40, *shape, slots=5, dtype=dtype, factors=factors)
     assert i.slot is not None
 
     def rows(begin: int, end: int) -> Tensor:
@@ -206,10 +235,10 @@ def test_linear(isa, dtype, n) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("slots", [0, 3])
-@pytest.mark.parametrize("int8", [False, True], ids=["same", "int8"])
-def test_backward(isa, shape, dtype, slots, int8) -> None:
+@pytest.mark.parametrize("factors", FACTORS)
+def test_backward(isa, shape, dtype, slots, factors) -> None:
     T, n, m, r = shape
-    i = make_inputs(T, n, m, r, slots=slots, dtype=dtype, int8=int8)
+    i = make_inputs(T, n, m, r, slots=slots, dtype=dtype, factors=factors)
     g = make_inputs(T, m, 1, 1, dtype=dtype, seed=7).x
     j = i.double()
     head = (i.x, i.U, i.V, i.d, i.base, i.slot)
@@ -255,12 +284,14 @@ def test_backward_bits_do_not_depend_on_threads(isa) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("axis", [0, 1])
-def test_dequantise(isa, dtype, axis) -> None:
-    q = torch.randint(-127, 128, (37, 83), dtype=torch.int8)
+@pytest.mark.parametrize("kind", FACTOR_KINDS)
+def test_dequantise(isa, dtype, axis, kind) -> None:
+    values = every_value(kind)
+    q = values[torch.randint(0, len(values), (37, 83))]
     scale = torch.rand(37 if axis == 0 else 83)
     out = torch.full((37, 83), float("nan"), dtype=dtype)
     _native.dequantise(
-        q.data_ptr(), scale.data_ptr(), axis, out.data_ptr(), 37, 83,
+        q.data_ptr(), native._CODES[q.dtype], scale.data_ptr(), axis, out.data_ptr(), 37, 83,
         native._CODES[dtype], 2, native._AUTO,
     )  # fmt: skip
     want = (q.float() * (scale[:, None] if axis == 0 else scale)).to(dtype)
@@ -325,11 +356,11 @@ class PageEnd:
 
 @pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="needs POSIX mmap")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("int8", [False, True], ids=["same", "int8"])
-def test_nothing_outside_is_touched(isa, decode, dtype, int8) -> None:
+@pytest.mark.parametrize("factors", FACTORS)
+def test_nothing_outside_is_touched(isa, decode, dtype, factors) -> None:
     """Every operand ends at a page that faults: one byte read or written past it kills the run."""
     for T, n, m, r in [(1, 1, 1, 1), (3, 33, 13, 31), (6, 200, 63, 47), (17, 65, 130, 9)]:
-        i = make_inputs(T, n, m, r, slots=2, dtype=dtype, int8=int8)
+        i = make_inputs(T, n, m, r, slots=2, dtype=dtype, factors=factors)
         end = PageEnd()
         try:
             put = end.place

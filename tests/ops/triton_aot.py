@@ -19,7 +19,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-POINTER = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "int8": "*i8"}
+from t2kernels.quantized import FACTOR_KINDS
+
+POINTER = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "int8": "*i8", "fp8": "*u8"}
 # Arguments that any real layer passes as multiples of 16.
 ALIGNED = {"stride_x", "stride_g", "stride_d", "IN", "INNER", "OUT", "R", "COLS",
            "stride_b_inner", "stride_b_out", "stride_partial", "stride_out", "stride_z",
@@ -35,12 +37,13 @@ class Case:
     tile: str = "LARGE"
     arch: int = 90
     slots: bool = False
-    int8: bool = False
+    factors: str | None = None
     even: bool = True  # the inner size is a multiple of the tile's
 
     @property
     def name(self) -> str:
-        marks = ["slots"] * self.slots + ["int8"] * self.int8 + ["uneven"] * (not self.even)
+        marks = ["slots"] * self.slots + ["uneven"] * (not self.even)
+        marks += [] if self.factors is None else [self.factors]
         return "-".join([self.kernel, self.dtype, self.tile, f"sm_{self.arch}", *marks])
 
 
@@ -64,9 +67,9 @@ def _arguments(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], dict[st
     from t2kernels.ops.triton import _backward, _forward, _mix
     from t2kernels.ops.triton.common import config
 
-    x, w = POINTER[case.dtype], POINTER["int8" if case.int8 else case.dtype]
+    x, w = POINTER[case.dtype], POINTER[case.factors or case.dtype]
     tile = getattr(config, case.tile, None)
-    scale = "*fp32" if case.int8 else None
+    scale = "*fp32" if case.factors else None
     slot = "*i32" if case.slots else None
     diagonal = {"d_ptr": "*fp32", "base_ptr": "*fp32", "slot_ptr": slot, "scale_ptr": scale}
     if not case.slots:
@@ -206,7 +209,8 @@ def few_cases(arch: int) -> list[Case]:
         Case("expand_t", "fp16", big, arch),
         Case("project", "bf16", "DECODE_16", arch, slots=True),
         Case("expand", "fp16", "DECODE_64", arch),
-        Case("project", "bf16", "LARGE_INT8", arch, slots=True, int8=True),
+        Case("project", "bf16", "LARGE_8BIT", arch, slots=True, factors="int8"),
+        Case("project", "bf16", "LARGE_8BIT", arch, slots=True, factors="fp8"),
         Case("project", "fp32", "FP32_LARGE", arch, slots=True),
         Case("gradient", "fp32", "FP32", arch, slots=True),
         Case("finalise", "fp32", "-", arch, slots=True),
@@ -217,7 +221,8 @@ def few_cases(arch: int) -> list[Case]:
             Case("project", "bf16", "MEDIUM", arch, slots=True),
             Case("gradient", "bf16", "DECODE_64", arch, slots=True),
             Case("expand", "bf16", "DECODE_32", arch),
-            Case("expand", "bf16", "DECODE_16", arch, int8=True),
+            Case("expand", "bf16", "DECODE_16", arch, factors="int8"),
+            Case("expand", "bf16", "DECODE_16", arch, factors="fp8"),
             Case("mix_gradient", "fp32", "-", arch, slots=True),
         ]
     return cases
@@ -233,8 +238,9 @@ def all_cases(arch: int) -> list[Case]:
             for dtype in ("bf16", "fp16"):
                 cases.append(Case(kernel, dtype, tile, arch, slots))
             cases.append(Case(kernel, "bf16", tile, arch, slots, even=False))
-        for tile in ("LARGE_INT8", "MEDIUM_INT8", "DECODE_16", "DECODE_32", "DECODE_64"):
-            cases.append(Case(kernel, "bf16", tile, arch, slots, int8=True))
+        for tile in ("LARGE_8BIT", "MEDIUM_8BIT", "DECODE_16", "DECODE_32", "DECODE_64"):
+            for kind in FACTOR_KINDS:
+                cases.append(Case(kernel, "bf16", tile, arch, slots, factors=kind))
         for tile in ("FP32", "FP32_LARGE", "DECODE_FP32"):
             cases.append(Case(kernel, "fp32", tile, arch, slots))
     for kernel in ("finalise", "mix", "mix_gradient"):

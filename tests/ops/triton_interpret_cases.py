@@ -21,6 +21,7 @@ from t2kernels.ops import reference
 from t2kernels.ops import triton as backend
 from t2kernels.ops.triton.common import config
 from t2kernels.ops.triton.common.config import Tile
+from t2kernels.quantized import FACTOR_KINDS
 from t2kernels.testing import Inputs, assert_accurate, make_inputs
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_triton_interpret.py"
@@ -123,8 +124,18 @@ class TestForward:
 
     @pytest.mark.parametrize("slots", [0, 3])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-    def test_int8_factors(self, slots: int, dtype: torch.dtype) -> None:
-        check_forward(make_inputs(17, 63, 40, 33, slots=slots, dtype=dtype, int8=True))
+    @pytest.mark.parametrize("kind", FACTOR_KINDS)
+    def test_eight_bit_factors(self, slots: int, dtype: torch.dtype, kind: str) -> None:
+        check_forward(make_inputs(17, 63, 40, 33, slots=slots, dtype=dtype, factors=kind))
+
+    @pytest.mark.parametrize("kind", FACTOR_KINDS)
+    def test_every_eight_bit_value_is_exact(self, kind: str) -> None:
+        values = torch.arange(-128, 128, dtype=torch.int8).view(FACTOR_KINDS[kind])
+        values = values[~values.float().isnan()]
+        for dtype in (torch.float32, torch.float16):
+            x, one = torch.eye(len(values), dtype=dtype), torch.ones(1)
+            y, _ = backend.forward(x, one.to(values.dtype)[None], values[None].t(), one, one)
+            assert y.flatten().float().tolist() == values.float().tolist()
 
     def test_bf16_with_upcast_tiles(self) -> None:
         # The interpreter truncates where the GPU rounds: allow that on top of plain torch.
@@ -187,8 +198,9 @@ class TestBackward:
         check_backward(i, g)
 
     @pytest.mark.parametrize("slots", [0, 3])
-    def test_int8_factors_and_recomputed_h(self, slots: int) -> None:
-        i = make_inputs(17, 63, 40, 33, slots=slots, int8=True)
+    @pytest.mark.parametrize("kind", FACTOR_KINDS)
+    def test_eight_bit_factors_and_recomputed_h(self, slots: int, kind: str) -> None:
+        i = make_inputs(17, 63, 40, 33, slots=slots, factors=kind)
         check_backward(i, torch.randn(17, 40), saved=False)
 
     @pytest.mark.parametrize("slots", [0, 4])
@@ -364,7 +376,9 @@ class TestContract:
         assert backend.NAME == "triton"
         for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
             assert backend.unavailable(*make_inputs(3, 4, 5, 4, dtype=dtype).args()) is None
-        assert backend.unavailable(*make_inputs(3, 4, 5, 4, int8=True, slots=2).args()) is None
+        for kind in FACTOR_KINDS:
+            i = make_inputs(3, 4, 5, 4, factors=kind, slots=2)
+            assert backend.unavailable(*i.args()) is None
 
     def test_reasons(self, tile: str) -> None:
         i = make_inputs(3, 4, 5, 4, slots=2)
@@ -401,7 +415,7 @@ class TestContract:
     ) -> None:
         monkeypatch.setattr(config, "shared_limit", lambda device: limit)
         x = torch.empty(1, 1, dtype=torch.bfloat16)
-        for weight in (x, x.to(torch.int8)):
+        for weight in (x, x.to(torch.int8), x.to(torch.uint8)):
             for T in (1, 17, 33, 65, 8192):
                 for invariant in (False, True):
                     t = config.choose(T, 4096, x, weight, batch_invariant=invariant)

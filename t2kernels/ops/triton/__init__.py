@@ -14,6 +14,7 @@ import os
 import torch
 from torch import Tensor
 
+from ...quantized import FACTOR_KINDS
 from ..layout import FLOATS, unfit
 
 NAME = "triton"
@@ -65,7 +66,13 @@ def unavailable(
         if reason is not None:
             return reason
     # fp64 has no tile on a GPU; the interpreter takes it, for exact tests of the gradients.
-    return unfit(x, U, V, d, base, slot, bias, scale, _INTERPRETED if _interpreting() else FLOATS)
+    floats = _INTERPRETED if _interpreting() else FLOATS
+    return unfit(x, U, V, d, base, slot, bias, scale, floats, tuple(FACTOR_KINDS))
+
+
+def _patterns(factor: Tensor) -> Tensor:
+    """fp8 factors as their bit patterns: the kernels decode them, on GPUs without fp8 too."""
+    return factor.view(torch.uint8) if factor.dtype == torch.float8_e4m3fn else factor
 
 
 def forward(
@@ -84,7 +91,10 @@ def forward(
     """y = ((x V) ⊙ d_row) Uᵀ + bias and, with ``save_h``, x V: see ``ops/reference.py``."""
     from ._forward import forward as run
 
-    return run(x, U, V, d, base, slot, bias, scale, save_h=save_h, batch_invariant=batch_invariant)
+    return run(
+        x, _patterns(U), _patterns(V), d, base, slot, bias, scale,
+        save_h=save_h, batch_invariant=batch_invariant,
+    )  # fmt: skip
 
 
 def backward(
@@ -104,7 +114,10 @@ def backward(
     """(dx, dd): see ``ops/reference.py``."""
     from ._backward import backward as run
 
-    return run(g, x, U, V, d, base, slot, h, scale, need_dx=need_dx, need_dd=need_dd)
+    return run(
+        g, x, _patterns(U), _patterns(V), d, base, slot, h, scale,
+        need_dx=need_dx, need_dd=need_dd,
+    )  # fmt: skip
 
 
 def mix(

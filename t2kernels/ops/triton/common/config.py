@@ -40,9 +40,9 @@ MEDIUM = Tile(64, 128, 64, 4, 4)
 LARGE = Tile(128, 256, 64, 8, 4, chunk=32)
 # LARGE where its buffers do not fit; half the inner step also keeps mma.sync from spilling.
 LARGE_SM80 = Tile(128, 256, 32, 8, 4, chunk=32)
-# int8 weights pass through registers on their way to the activations' dtype: smaller tiles.
-MEDIUM_INT8 = Tile(64, 64, 64, 4, 4)
-LARGE_INT8 = Tile(128, 128, 64, 8, 4, chunk=32)
+# 8-bit weights pass through registers on their way to the activations' dtype: smaller tiles.
+MEDIUM_8BIT = Tile(64, 64, 64, 4, 4)
+LARGE_8BIT = Tile(128, 128, 64, 8, 4, chunk=32)
 # fp32 multiplies on the ordinary cores (IEEE, no tf32): the tile is bounded by registers.
 DECODE_FP32 = Tile(16, 32, 64, 4, 3, weights_first=True)
 FP32 = Tile(64, 64, 16, 8, 3)
@@ -89,8 +89,8 @@ def choose(
         return fit(DECODE_32, shared)
     if tokens <= 64:
         return fit(DECODE_64, shared)
-    int8 = weight.dtype == torch.int8
-    large, medium = (LARGE_INT8, MEDIUM_INT8) if int8 else (LARGE, MEDIUM)
+    narrower = weight.dtype.itemsize == 1
+    large, medium = (LARGE_8BIT, MEDIUM_8BIT) if narrower else (LARGE, MEDIUM)
     return fit(large if _programs(large, tokens, outputs) >= FEW_PROGRAMS else medium, shared)
 
 

@@ -29,6 +29,17 @@ def tile_index(pid, tile_rows, tile_cols, GROUP: tl.constexpr):
 
 
 @triton.jit
+def widened(b, dtype: tl.constexpr):
+    """Weights in the activations' dtype: 8-bit integers, floats of any kind, or uint8 patterns of
+    fp8 (e4m3fn, read as finite), whose bits as fp16 say 2^-8 of the value, subnormals too."""
+    if b.dtype == tl.uint8:
+        bits = b.to(tl.int16)
+        half = ((bits & 0x7F) << 7) | ((bits & 0x80) << 8)
+        b = half.to(tl.float16, bitcast=True) * 256.0
+    return b.to(dtype)
+
+
+@triton.jit
 def product_tile(
     a_ptr,  # (T, INNER), last axis contiguous
     stride_a,
@@ -53,7 +64,7 @@ def product_tile(
 
     WEIGHTS_FIRST computes Bᵀ Aᵀ and returns its transpose: the weights then fill the long side
     of the tensor-core instruction and a handful of tokens its short side. The inner axis is
-    walked in the same order in both cases. Integer weights are converted to A's dtype on the
+    walked in the same order in both cases. 8-bit weights are converted to A's dtype on the
     way. UPCAST multiplies in ACC (for the interpreter, whose bf16 product is wrong). BLOCKWISE
     sums each inner block by itself before it joins the total: in fp32 one chain of a thousand
     additions loses a digit to what libraries reach.
@@ -84,7 +95,7 @@ def product_tile(
             b = tl.load(b_ptrs, mask=b_mask & (k[:, None] < INNER - k0), other=0)
         if UPCAST:
             a = a.to(ACC)
-        b = b.to(a.dtype)
+        b = widened(b, a.dtype)
         # "ieee": fp32 is multiplied in fp32, never in tf32; 16-bit types are not affected.
         if WEIGHTS_FIRST:
             left, right = b, a
