@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", type=parse_tokens, metavar="N", help="CPU threads; default: torch's own")
     add("--seconds", type=float, metavar="S", help="for a contestant in a line-up (cpu 0.15)")
     add("--minutes", type=float, metavar="M", help="start no line-up after this (cpu 25, cuda 8)")
+    add("--forms", action="store_true", help="every form of the CUDA kernels by name, too")
     add("--no-compile", action="store_true", help="leave the compiled three-op form out")
     add("--no-peft", action="store_true", help="leave PEFT out")
     add("--no-training", action="store_true", help="leave the training step out")
@@ -286,7 +287,7 @@ def _line_ups(
     deadline: float,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[Case]]:
     """Rows, who was absent and why, and the cases that there was no time for."""
-    wanted = Options(compile=not args.no_compile, peft=not args.no_peft)
+    wanted = Options(compile=not args.no_compile, peft=not args.no_peft, forms=args.forms)
     seconds = args.seconds or _default(_SECONDS, args)
     rows: list[dict[str, Any]] = []
     absent: Counter[Skipped] = Counter()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from typing import Any
@@ -21,7 +21,7 @@ from shapes import DECODE_TOKENS, SLOTS, Case
 from torch import Tensor
 
 import t2kernels as t2k
-from t2kernels.ops import dispatch
+from t2kernels.ops import cuda_forms, dispatch
 
 logger = logging.getLogger("bench_svf")
 
@@ -43,6 +43,8 @@ class Options:
 
     compile: bool = True
     peft: bool = True
+    # Every form of the CUDA kernels by name, beside the one that the policy takes.
+    forms: bool = False
     # Contestants whose one call takes longer are left out, also where the machine's best rate
     # says so beforehand.
     gflops: float = float("inf")
@@ -270,6 +272,8 @@ class LineUp:
                     continue
                 yield self._svf(f"ours {backend}", 1, partial(t2k.backend, backend))
         if self.T <= DECODE_TOKENS:
+            if self.options.forms:
+                yield from self._cuda_forms()
             yield self._svf("ours invariant", 1, t2k.batch_invariant)
             yield self._svf("ours invariant", SLOTS[-1], t2k.batch_invariant)
         if self.case.dtype != "int8":
@@ -289,8 +293,26 @@ class LineUp:
             return f"cannot be imported ({error})"
         return module.unavailable(self.x, f.U, f.V, self.layer.D[0], f.S, None, None, scale)
 
+    def _cuda_forms(self) -> Iterator[Contestant | Skipped]:
+        f = self._factors(0)
+        for form in cuda_forms.FORMS:
+            name = f"ours cuda {form}"
+            reason = self._unavailable("cuda")
+            if reason is None and form != "fma":
+                reason = cuda_forms.unfit(self.x, f.U, f.V)
+            if reason is not None:
+                yield Skipped(name, reason)
+                continue
+            for slots in (SLOTS[0], SLOTS[-1]):
+                yield self._svf(name, slots, partial(cuda_form, form), alone=True)
+
     def _svf(
-        self, name: str, slots: int, context: Callable[[], AbstractContextManager[object]]
+        self,
+        name: str,
+        slots: int,
+        context: Callable[[], AbstractContextManager[object]],
+        *,
+        alone: bool = False,
     ) -> Contestant:
         x, T, D = self.x, self.T, self.layer.D
         slot = None if slots == 1 else self.layer.slot(T, slots)
@@ -306,7 +328,7 @@ class LineUp:
         return self._contestant(
             name, slots, lambda i: t2k.svf_linear(x, factors[i], d, slot), formula,
             self._svf_cost(slots, 1 if is_int8 else x.element_size()), context=context, ours=True,
-            call_row=call_row if context is t2k.batch_invariant else None,
+            call_row=call_row if alone or context is t2k.batch_invariant else None,
         )  # fmt: skip
 
     def _delta(self, slots: int) -> Contestant:
@@ -319,6 +341,13 @@ class LineUp:
             lambda i: t2k.svf_delta_linear(x, sets[i].weight, sets[i].leading, d, slot),
             partial(self.truth.delta, slots), self._dense_cost(k), ours=True,
         )  # fmt: skip
+
+
+@contextmanager
+def cuda_form(form: str) -> Iterator[None]:
+    """Inside, the CUDA backend in this form or an error."""
+    with t2k.backend("cuda"), cuda_forms.form(form):
+        yield
 
 
 @cache

@@ -111,9 +111,22 @@ def bench(run: Run) -> list[Command]:
     return [[sys.executable, script, *device, "--json", str(run.out / "bench_svf.json")]]
 
 
+def forms(run: Run) -> list[Command]:
+    """Every form of the CUDA kernels at decode sizes, and which wins where."""
+    size = ["--dtypes", "bf16", "int8", "fp16", "--tokens", "1", "4", "8", "16", "32", "64", "128"]
+    device = ["--device", "cuda", *size]
+    if run.dry:
+        device = ["--device", "cpu", "--shapes", "256x256", "--tokens", "1", "--seconds", "0.01"]
+    folder, result = ROOT / "benchmarks", str(run.out / "forms.json")
+    measure = [sys.executable, str(folder / "bench_svf.py"), *device, "--forms", "--json", result]
+    leave_out = ["--no-compile", "--no-peft", "--no-training"]
+    return [[*measure, *leave_out], [sys.executable, str(folder / "forms.py"), result]]
+
+
 PHASES: dict[str, Callable[[Run], list[Command]]] = {
     "build": build,
     "test-gpu": test_gpu,
+    "forms": forms,
     "test-all": test_all,
     "bench": bench,
 }
