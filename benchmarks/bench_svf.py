@@ -33,7 +33,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 try:
     import torch
 
-    import t2kernels  # noqa: F401 (only to say clearly that it is missing)
+    import t2kernels
 except ImportError as error:
     sys.exit(f"bench_svf: {error}. Run it with the Python that t2kernels is installed in.")
 
@@ -44,7 +44,7 @@ from harness import Contestant, Refused, Samples, Verdict, check, make_timer, me
 from layers import Layer
 from plot import draw
 from results import SCHEMA, write
-from shapes import DTYPES_WITH_INT8, Case, Shape, grid, parse_shape, parse_tokens
+from shapes import ALL_DTYPES, Case, Shape, grid, parse_shape, parse_tokens
 from training import measure_training
 
 from t2kernels.testing import relative_error
@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
     add("--plot", type=Path, metavar="FILE", help="draw the result as a PNG (needs matplotlib)")
     add("--shapes", type=parse_shape, nargs="+", metavar="INxOUT")
-    add("--dtypes", choices=DTYPES_WITH_INT8, nargs="+")
+    add("--dtypes", choices=ALL_DTYPES, nargs="+")
     add("--tokens", type=parse_tokens, nargs="+", metavar="T")
     add("--threads", type=parse_tokens, metavar="N", help="CPU threads; default: torch's own")
     add("--seconds", type=float, metavar="S", help="for a contestant in a line-up (cpu 0.15)")
@@ -184,14 +184,14 @@ def run_case(
             if other in place:
                 value, low, high = ratio(samples[index], samples[place[other]])
                 row[f"ratio_{key}"], row[f"interval_{key}"] = value, (low, high)
-        if contestant.name == "ours" and case.dtype == "int8":
+        if contestant.name == "ours" and case.dtype in t2kernels.FACTOR_KINDS:
             row["factor_error"] = _factor_error(line_up, contestant)
         rows.append(row)
     return rows, absent
 
 
 def _factor_error(line_up: LineUp, contestant: Contestant) -> float:
-    """Error of the int8 output against the unquantised factors in fp64."""
+    """Error of the 8-bit output against the unquantised factors in fp64."""
     every = torch.arange(min(line_up.T, 16))
     y = contestant.call(0)[every.to(line_up.x.device)]
     return relative_error(y, line_up.truth.svf(contestant.slots, every, True))
@@ -330,7 +330,7 @@ def _training(args: argparse.Namespace, cases: list[Case], device: torch.device)
     rows: list[Any] = []
     print("\ntraining step, forward and backward to x and z")
     for shape, dtype in pairs:
-        if dtype == "int8" or (dtype == "fp16" and device.type == "cpu"):
+        if dtype in t2kernels.FACTOR_KINDS or (dtype == "fp16" and device.type == "cpu"):
             continue
         tokens = min(_TRAINING_TOKENS, max(1, shape.rank // 4))
         found = measure_training(shape, dtype, tokens, device, seconds=seconds)

@@ -86,11 +86,11 @@ class Truth:
         d = self._diagonal(rows, slots, x)
         return ((x @ w.factors.V) * d).to(x.dtype) @ w.factors.U.T
 
-    def int8(self, slots: int, rows: Tensor, double: bool) -> Tensor:
+    def quantized(self, slots: int, rows: Tensor, double: bool) -> Tensor:
         x, w = self._parts(rows, double)
-        q = w.int8
+        q = w.quantized
         if q is None:
-            raise RuntimeError("int8 factors were not made for this layer")
+            raise RuntimeError("8-bit factors were not made for this layer")
         d = self._diagonal(rows, slots, x) * q.scale
         return ((x @ q.V.to(x.dtype)) * d).to(x.dtype) @ q.U.T.to(x.dtype)
 
@@ -276,13 +276,13 @@ class LineUp:
                 yield from self._cuda_forms()
             yield self._svf("ours invariant", 1, t2k.batch_invariant)
             yield self._svf("ours invariant", SLOTS[-1], t2k.batch_invariant)
-        if self.case.dtype != "int8":
+        if self.case.dtype not in t2k.FACTOR_KINDS:
             yield self._delta(1)
             yield self._delta(SLOTS[-1])
 
     def _factors(self, i: int) -> t2k.SVDFactors | t2k.QuantizedFactors:
         w = self.layer.sets[i]
-        return w.factors if w.int8 is None else w.int8
+        return w.factors if w.quantized is None else w.quantized
 
     def _unavailable(self, backend: str) -> str | None:
         f = self._factors(0)
@@ -318,8 +318,8 @@ class LineUp:
         slot = None if slots == 1 else self.layer.slot(T, slots)
         d = D[0] if slots == 1 else D
         factors = [self._factors(i) for i in range(len(self.layer.sets))]
-        is_int8 = self.case.dtype == "int8"
-        formula = partial(self.truth.int8 if is_int8 else self.truth.svf, slots)
+        eight_bit = self.case.dtype in t2k.FACTOR_KINDS
+        formula = partial(self.truth.quantized if eight_bit else self.truth.svf, slots)
 
         def call_row(t: int) -> Tensor:
             row_slot = None if slot is None else slot[t : t + 1]
@@ -327,7 +327,7 @@ class LineUp:
 
         return self._contestant(
             name, slots, lambda i: t2k.svf_linear(x, factors[i], d, slot), formula,
-            self._svf_cost(slots, 1 if is_int8 else x.element_size()), context=context, ours=True,
+            self._svf_cost(slots, 1 if eight_bit else x.element_size()), context=context, ours=True,
             call_row=call_row if alone or context is t2k.batch_invariant else None,
         )  # fmt: skip
 

@@ -34,12 +34,12 @@ class WeightSet:
     weight: Tensor  # (m, n)
     factors: t2k.SVDFactors
     leading: t2k.SVDFactors  # the k leading components, for the delta form
-    int8: t2k.QuantizedFactors | None
+    quantized: t2k.QuantizedFactors | None
 
     @property
     def read(self) -> tuple[Tensor, Tensor]:
         """The factors that our form reads."""
-        f = self.factors if self.int8 is None else self.int8
+        f = self.factors if self.quantized is None else self.quantized
         return f.V.t(), f.U
 
     def clone(self) -> WeightSet:
@@ -48,7 +48,7 @@ class WeightSet:
         def copied(f: t2k.SVDFactors) -> t2k.SVDFactors:
             return t2k.SVDFactors(f.U.clone(), f.S, f.V.t().clone().t())
 
-        q = self.int8
+        q = self.quantized
         if q is not None:
             q = q._replace(U=q.U.clone(), V=q.V.t().clone().t())
         return WeightSet(self.weight.clone(), copied(self.factors), copied(self.leading), q)
@@ -59,7 +59,7 @@ class WeightSet:
         def up(f: Any) -> Any:
             return f._replace(U=f.U.double(), S=f.S.double(), V=f.V.double())
 
-        q = self.int8
+        q = self.quantized
         if q is not None:
             q = up(q)._replace(u_scale=q.u_scale.double(), v_scale=q.v_scale.double())
         return WeightSet(self.weight.double(), up(self.factors), up(self.leading), q)
@@ -107,14 +107,14 @@ class Layer:
             (randn(m, n) / n**0.5).to(self.activations),
             factors,
             t2k.SVDFactors(U[:, :k].contiguous(), S[:k], V[:, :k].t().contiguous().t()),
-            t2k.quantize(factors) if dtype == "int8" else None,
+            t2k.quantize(factors, dtype) if dtype in t2k.FACTOR_KINDS else None,
         )
         self.sets = [first]
         self.D = S * (1 + 0.3 * randn(MAX_SLOTS, r))  # (slots, r) fp32
         # LoRA's A (slots, k, n) and B (slots, m, k).
         self.lora_a = (randn(MAX_SLOTS, LORA_RANK, n) / n**0.5).to(self.activations)
         self.lora_b = (randn(MAX_SLOTS, m, LORA_RANK) / LORA_RANK**0.5).to(self.activations)
-        least = min(m * n * U.element_size(), r * (m + n) * (1 if dtype == "int8" else 4))
+        least = min(m * n * U.element_size(), r * (m + n) * (1 if dtype in t2k.FACTOR_KINDS else 4))
         needed = -(-_CACHES * cache_bytes(device) // least)
         count = min(max(needed, 2), _MAX_SETS) if sets is None else sets
         self.sets += [first.clone() for _ in range(count - 1)]

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from t2kernels import FACTOR_KINDS
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# With int8 factors the activations stay in bf16, and so do the baselines beside them.
-DTYPES_WITH_INT8 = (*DTYPES, "int8")
+# With 8-bit factors the activations stay in bf16, and so do the baselines beside them.
+ALL_DTYPES = (*DTYPES, *FACTOR_KINDS)
 # In the order of measuring: a run that reaches its time limit loses the last.
-_DTYPES = ("bf16", "fp32", "int8", "fp16")
+_DTYPES = ("bf16", "fp32", "int8", "fp8", "fp16")
 
 # Small batches one by one, since that is where kernels change; then powers of two.
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 512, 2048, 8192)

@@ -21,6 +21,8 @@ from layers import Layer
 from shapes import Case, Shape, grid
 from training import STEPS, allocations, measure_training
 
+from t2kernels import FACTOR_KINDS
+
 CPU = torch.device("cpu")
 SMALL = Shape(48, 32)
 
@@ -81,7 +83,7 @@ def test_a_typo_is_a_clear_error(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", *FACTOR_KINDS])
 def test_every_contestant_passes_the_gate(dtype):
     with torch.inference_mode():
         layer = Layer(SMALL, dtype, CPU, sets=2)
@@ -100,12 +102,13 @@ def test_every_contestant_passes_the_gate(dtype):
             assert verdict.same_bits_alone in (None, True)
 
 
-def test_sets_hold_the_same_numbers_elsewhere():
-    layer = Layer(SMALL, "int8", CPU, sets=2)
+@pytest.mark.parametrize("kind", FACTOR_KINDS)
+def test_sets_hold_the_same_numbers_elsewhere(kind):
+    layer = Layer(SMALL, kind, CPU, sets=2)
     first, second = layer.sets
     assert torch.equal(first.weight, second.weight)
-    assert torch.equal(first.int8.V, second.int8.V)
-    for a, b in ((first.factors, second.factors), (first.int8, second.int8)):
+    assert torch.equal(first.quantized.V.float(), second.quantized.V.float())
+    for a, b in ((first.factors, second.factors), (first.quantized, second.quantized)):
         assert a.U.data_ptr() != b.U.data_ptr()
         assert b.V.t().is_contiguous()
 
@@ -167,6 +170,12 @@ def test_goals_compare_slots_and_modes_in_the_same_line_up():
     assert outcome([row("ours", same_bits_again=False)], [], "run to run").met is False
 
 
+def test_goals_tell_the_kinds_of_factors_apart():
+    rows = [row("ours", dtype=kind, factor_error=0.03) for kind in FACTOR_KINDS]
+    assert outcome(rows, [], "int8 factors, relative output error").met is False
+    assert outcome(rows, [], "fp8 factors, relative output error").met is True
+
+
 def test_every_goal_is_rendered_also_without_data():
     text = goals.render(goals.evaluate([], []))
     assert text.count("no data") == len(goals.evaluate([], []))
@@ -217,7 +226,8 @@ def threads(monkeypatch):
 def test_a_whole_run_writes_its_files(tmp_path, capsys, threads):
     pytest.importorskip("matplotlib")
     out, png = tmp_path / "out.json", tmp_path / "out.png"
-    argv = ["--shapes", "48x32", "--dtypes", "bf16", "int8", "--tokens", "1", "4", "--threads", "1"]
+    argv = ["--shapes", "48x32", "--tokens", "1", "4", "--threads", "1"]
+    argv += ["--dtypes", "bf16", *FACTOR_KINDS]
     argv += ["--seconds", "0.001", "--no-compile", "--no-peft", "--no-training"]
     assert bench_svf.main([*argv, "--json", str(out), "--plot", str(png)]) == 0
     printed = capsys.readouterr().out
@@ -226,7 +236,7 @@ def test_a_whole_run_writes_its_files(tmp_path, capsys, threads):
     data = results.read(out)
     assert data["environment"]["threads"] == 1
     assert all("path" not in key for key in data["environment"])
-    assert {r["dtype"] for r in data["rows"]} == {"bf16", "int8"}
+    assert {r["dtype"] for r in data["rows"]} == {"bf16", *FACTOR_KINDS}
     assert any("factor_error" in r for r in data["rows"])
     assert png.stat().st_size > 1000
 
