@@ -55,17 +55,15 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 @pytest.fixture
 def decode(monkeypatch: pytest.MonkeyPatch) -> None:
     """The decode kernel at every T, not the library."""
-    for table in (native.DECODE_TOKENS, native.DECODE_TOKENS_8BIT):
-        for dtype in list(table):
-            monkeypatch.setitem(table, dtype, 1 << 30)
+    for dtypes in list(native.DECODE_TOKENS):
+        monkeypatch.setitem(native.DECODE_TOKENS, dtypes, 1 << 30)
 
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> None:
     """The library path at every T."""
-    for table in (native.DECODE_TOKENS, native.DECODE_TOKENS_8BIT):
-        for dtype in list(table):
-            monkeypatch.setitem(table, dtype, -1)
+    for dtypes in list(native.DECODE_TOKENS):
+        monkeypatch.setitem(native.DECODE_TOKENS, dtypes, -1)
 
 
 def check_forward(i: Inputs, **options: bool) -> Tensor:
