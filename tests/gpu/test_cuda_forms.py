@@ -51,8 +51,8 @@ def full_precision() -> Iterator[None]:
         setattr(matmul, name, value)
 
 
-def make(T: int, n: int, m: int, r: int, **more) -> Inputs:
-    more = {"dtype": BF16, "slots": 3, **more}
+def make(T: int, n: int, m: int, r: int, *, int8: bool = False, **more) -> Inputs:
+    more = {"dtype": BF16, "slots": 3, "factors": "int8" if int8 else None, **more}
     return testing.make_inputs(T, n, m, r, device=DEVICE, **more)
 
 
