@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace t2::cuda {
 
@@ -12,6 +13,18 @@ __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 __device__ __forceinline__ float to_float(std::int8_t value) { return static_cast<float>(value); }
+
+// fp8: one sign bit, four of the exponent, three of the mantissa; no infinity, and NaN is read as 480.
+struct E4M3 {
+  std::uint8_t bits;
+};
+__device__ __forceinline__ float to_float(E4M3 value) {
+  // In the places of an fp32 it is the number times 2^-120, subnormal ones too.
+  const std::uint32_t wide = (value.bits & 0x80u) << 24 | (value.bits & 0x7fu) << 20;
+  float out;
+  std::memcpy(&out, &wide, sizeof(out));
+  return out * 0x1p120f;
+}
 
 // Round to nearest, ties to even.
 template <typename T>

@@ -6,8 +6,9 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+#include <type_traits>
 
+#include "convert.cuh"
 #include "ptx.cuh"
 #include "reduce.cuh"
 
@@ -52,14 +53,26 @@ struct ActPlaceOf<Tile, Element, Weight, true> {
   using type = ByPair;
 };
 
-// Four int8 (the bytes of `packed`, lowest first) as bf16, exactly: low = the first two, high = the others.
+// Two int8 as bf16, exactly; each is the lower byte of its half of `two`, the upper one is 0x43.
+__device__ __forceinline__ std::uint32_t bf16x2_of(std::uint32_t two, std::int8_t) {
+  // Such a half is 128 + the lower seven bits. Less 128, or 256 where the sign bit is set, that is the int8.
+  constexpr std::uint32_t ONE = 0x3f803f80u;
+  return fma_bf16x2(two & 0xff7fff7fu, ONE, (two & 0xff80ff80u) | 0x80008000u);
+}
+
+// Two fp8 as bf16, exactly; each is the upper byte of its half of `two`.
+__device__ __forceinline__ std::uint32_t bf16x2_of(std::uint32_t two, E4M3) {
+  // In the places of a bf16 it is the number times 2^-120, subnormal ones too.
+  constexpr std::uint32_t POWER_120 = 0x7b807b80u, ZERO = 0x80008000u;  // -0: what is -0 stays so
+  return fma_bf16x2((two & 0x80008000u) | (two >> 4 & 0x07f007f0u), POWER_120, ZERO);
+}
+
+// Four 8-bit numbers (the bytes of `packed`, lowest first) as bf16: low = the first two, high = the others.
+template <typename Weight>
 __device__ __forceinline__ void widen(std::uint32_t packed, std::uint32_t& low, std::uint32_t& high) {
-  // A byte under 0x43 is 128 + its lower seven bits. Less 128, or 256 where the sign bit is set, that is the int8.
-  const auto signed_value = [](std::uint32_t two) {
-    return add_bf16x2(two & 0xff7fff7fu, (two & 0xff80ff80u) | 0x80008000u);
-  };
-  low = signed_value(__byte_perm(packed, 0x43434343u, 0x4140));
-  high = signed_value(__byte_perm(packed, 0x43434343u, 0x4342));
+  constexpr bool INT8 = std::is_same_v<Weight, std::int8_t>;
+  low = bf16x2_of(__byte_perm(packed, 0x43434343u, INT8 ? 0x4140 : 0x1404), Weight{});
+  high = bf16x2_of(__byte_perm(packed, 0x43434343u, INT8 ? 0x4342 : 0x3424), Weight{});
 }
 
 // Operands for 32 consecutive k, as two steps of 16. Offsets count bytes of shared memory.
@@ -85,14 +98,14 @@ struct Fragments {
   static __device__ __forceinline__ void weight(int from, int i, int k32, std::uint32_t (&to)[2][4]) {
     const int rows = 16 * i * Tile::ROW_BYTES;
     if constexpr (S::WIDEN) {
-      // 16 int8 fill the 16 bytes of a matrix row: this lane gets k = 4 (lane % 4) and the next three. Within a
+      // 16 of them fill the 16 bytes of a matrix row: this lane gets k = 4 (lane % 4) and the next three. Within a
       // step of 16, the order of k is free as long as both operands share it; `act` has the same.
       std::uint32_t packed[4];
       load_matrices((from ^ 2 * k32 * CHUNK_BYTES) + rows, packed);
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
-        widen(packed[2 * step], to[step][0], to[step][2]);
-        widen(packed[2 * step + 1], to[step][1], to[step][3]);
+        widen<Weight>(packed[2 * step], to[step][0], to[step][2]);
+        widen<Weight>(packed[2 * step + 1], to[step][1], to[step][3]);
       }
     } else {
 #pragma unroll

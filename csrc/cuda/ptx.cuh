@@ -85,11 +85,10 @@ __device__ __forceinline__ void multiply_add<__half>(float (&sum)[4], const std:
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// a + b, two bf16 in each.
-__device__ __forceinline__ std::uint32_t add_bf16x2(std::uint32_t a, std::uint32_t b) {
+// a b + c, two bf16 in each, rounded once.
+__device__ __forceinline__ std::uint32_t fma_bf16x2(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
   std::uint32_t sum;
-  // As a fused multiply-add with 1.0, which sm_80 has; add.bf16x2 is sm_90.
-  asm volatile("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));
+  asm volatile("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
   return sum;
 }
 

@@ -17,7 +17,7 @@ void require(bool ok, const char* message) {
 }
 
 void require_types(int x_dtype, int w_dtype) {
-  require(w_dtype == x_dtype || w_dtype == kI8, "expected w_dtype equal to x_dtype, or int8");
+  require(w_dtype == x_dtype || w_dtype == kI8 || w_dtype == kF8, "expected w_dtype equal to x_dtype, int8 or fp8");
   if (x_dtype == kF32 || x_dtype == kBF16 || x_dtype == kF16) return;
   throw std::invalid_argument("svf_decode: x_dtype must be fp32 (0), bf16 (1) or fp16 (2), got " +
                               std::to_string(x_dtype));
@@ -26,9 +26,9 @@ void require_types(int x_dtype, int w_dtype) {
 // What the tensor-core kernel's 16-byte copies need; it has no other way to load.
 void require_tensor_core_fit(const DecodeCall& c, int x_dtype, int w_dtype) {
   require(x_dtype != kF32 && (w_dtype == x_dtype || x_dtype == kBF16),
-          "a tensor-core form needs bf16 or fp16 x with factors of its dtype, or bf16 x with int8 factors");
-  const std::int64_t chunk = w_dtype == kI8 ? 16 : 8;
-  require(c.n % chunk == 0 && c.r % chunk == 0, "a tensor-core form needs n and r in multiples of 8 (int8: 16)");
+          "a tensor-core form needs bf16 or fp16 x with factors of its dtype, or bf16 x with 8-bit factors");
+  const std::int64_t chunk = w_dtype == x_dtype ? 8 : 16;
+  require(c.n % chunk == 0 && c.r % chunk == 0, "a tensor-core form needs n and r in multiples of 8 (8-bit factors: 16)");
   constexpr std::int64_t LIMIT = 1 << 30;
   require(c.n < LIMIT && c.r < LIMIT && c.m < LIMIT && c.T < LIMIT / 16, "a tensor-core form takes sizes below 2^30");
   const auto aligned = [](const void* p) { return reinterpret_cast<Address>(p) % 16 == 0; };
@@ -36,20 +36,24 @@ void require_tensor_core_fit(const DecodeCall& c, int x_dtype, int w_dtype) {
           "a tensor-core form needs x, its row stride, U, V and work on 16 bytes");
 }
 
-void run_fma(const DecodeCall& c, int x_dtype, bool int8) {
-  switch (x_dtype) {
-    case kF32:
-      return int8 ? decode<float, std::int8_t>(c) : decode<float, float>(c);
-    case kBF16:
-      return int8 ? decode<__nv_bfloat16, std::int8_t>(c) : decode<__nv_bfloat16, __nv_bfloat16>(c);
-    default:
-      return int8 ? decode<__half, std::int8_t>(c) : decode<__half, __half>(c);
-  }
+template <typename Element>
+void run_fma(const DecodeCall& c, int w_dtype) {
+  if (w_dtype == kI8) return decode<Element, std::int8_t>(c);
+  if (w_dtype == kF8) return decode<Element, E4M3>(c);
+  return decode<Element, Element>(c);
 }
 
-void run_mma(const DecodeCall& c, int x_dtype, bool int8) {
+void run_fma(const DecodeCall& c, int x_dtype, int w_dtype) {
+  if (x_dtype == kF32) return run_fma<float>(c, w_dtype);
+  if (x_dtype == kBF16) return run_fma<__nv_bfloat16>(c, w_dtype);
+  return run_fma<__half>(c, w_dtype);
+}
+
+void run_mma(const DecodeCall& c, int x_dtype, int w_dtype) {
   if (x_dtype == kF16) return decode_mma<__half, __half>(c);
-  return int8 ? decode_mma<__nv_bfloat16, std::int8_t>(c) : decode_mma<__nv_bfloat16, __nv_bfloat16>(c);
+  if (w_dtype == kI8) return decode_mma<__nv_bfloat16, std::int8_t>(c);
+  if (w_dtype == kF8) return decode_mma<__nv_bfloat16, E4M3>(c);
+  return decode_mma<__nv_bfloat16, __nv_bfloat16>(c);
 }
 
 }  // namespace
@@ -80,7 +84,7 @@ void svf_decode(Address x, std::int64_t x_stride, Address U, Address V, Address 
   c.stream = pointer<std::remove_pointer_t<cudaStream_t>>(stream);
   if (form != kFma) require_tensor_core_fit(c, x_dtype, w_dtype);
   const DeviceGuard guard(device);
-  return form == kFma ? run_fma(c, x_dtype, w_dtype == kI8) : run_mma(c, x_dtype, w_dtype == kI8);
+  return form == kFma ? run_fma(c, x_dtype, w_dtype) : run_mma(c, x_dtype, w_dtype);
 }
 
 }  // namespace t2::cuda

@@ -15,7 +15,7 @@ namespace t2::cuda {
 using Address = std::uintptr_t;
 
 // Type codes, shared with Python and with csrc/cpu/svf_cpu.h.
-enum DType : int { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3 };
+enum DType : int { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3, kF8 = 4 };  // kF8: e4m3fn, read as finite
 
 // How svf_decode computes; all forms take the same arguments.
 //   kFma             two launches, fp32 multiply-adds, any alignment; keeps (x V) * d in fp32
@@ -24,7 +24,7 @@ enum DType : int { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3 };
 //                    one (programmatic dependent launch; sm_90 and later, elsewhere it is kMma)
 //   kMmaCooperative  the same in one cooperative launch with a barrier between the products
 // The tensor-core forms give the same bits as each other. They want bf16 or fp16 x with factors of its dtype, or bf16
-// x with int8 factors; n and r multiples of 8 (16 with int8); x, its row stride, U, V and work on 16 bytes.
+// x with 8-bit factors; n and r multiples of 8 (16 with 8 bits); x, its row stride, U, V and work on 16 bytes.
 enum Form : int { kFma = 0, kMma = 1, kMmaPdl = 2, kMmaCooperative = 3 };
 
 // CUDA runtime linked into this module, e.g. "13.0".
@@ -32,7 +32,7 @@ std::string runtime_version();
 
 // work = (x V) * d_row * scale, then y = work U^T + bias. Meant for decode sizes (T <= 128): the factors are read once
 // per 8 tokens (kFma) or per 8 to 64 (tensor cores), the repeats from L2.
-//   x (T, n) x_dtype, row stride x_stride; V stored (r, n), U (m, r), both contiguous in w_dtype (== x_dtype, or kI8)
+//   x (T, n) x_dtype, row stride x_stride; V stored (r, n), U (m, r), both contiguous in w_dtype (== x_dtype, kI8 or kF8)
 //   d fp32: (r,) when slot = 0, else (slots, r) with row stride d_stride; slot (T,) int32; base (r,) fp32, used where
 //   slot = -1 (0: zeros); bias (m,) x_dtype or 0; scale (r,) fp32 or 0, multiplied beside d
 //   y (T, m) contiguous x_dtype; h (T, r) contiguous x_dtype or 0: the unscaled x V

@@ -27,8 +27,17 @@ NAME = "cuda"
 # The oldest machine code that T2_CUDA_ARCHS asks for by default.
 MIN_CAPABILITY = (8, 0)
 
+# The kinds of 8-bit factors that they read.
+KINDS = ("int8", "fp8")
+
 # The type codes of csrc/cuda/svf_cuda.h.
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+_CODES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int8: 3,
+    torch.float8_e4m3fn: 4,
+}
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -80,7 +89,7 @@ def unavailable(
         return _missing
     if x.device.type != "cuda":
         return f"x is on {x.device.type}"
-    reason = _device_reason(_index(x)) or unfit(x, U, V, d, base, slot, bias, scale)
+    reason = _device_reason(_index(x)) or unfit(x, U, V, d, base, slot, bias, scale, kinds=KINDS)
     return reason or _too_many(x.shape[0])
 
 

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..quantized import is_eight_bit
+
 CODES = {"fma": 0, "mma": 1, "mma-pdl": 2, "mma-coop": 3}
 FORMS = tuple(CODES)
 
@@ -66,11 +68,9 @@ def unfit(x: Tensor, U: Tensor, V: Tensor) -> str | None:
     Decided by dtypes and the factors alone: x is copied where its alignment does not fit, so that
     the bits of a row do not depend on where it lies in memory.
     """
-    int8 = U.dtype is torch.int8
-    if x.dtype is torch.float32 or (int8 and x.dtype is not torch.bfloat16):
-        factors = "int8" if int8 else "these"
-        return f"x is {x.dtype} with {factors} factors; the tensor-core forms have no such kernel"
-    chunk = 16 if int8 else 8
+    if x.dtype is torch.float32 or (is_eight_bit(U.dtype) and x.dtype is not torch.bfloat16):
+        return f"no tensor-core form has a kernel for x in {x.dtype} with factors in {U.dtype}"
+    chunk = 16 if is_eight_bit(U.dtype) else 8
     (m, r), n = U.shape, V.shape[0]
     if n % chunk or r % chunk:
         return f"in_features {n} and rank {r} must be multiples of {chunk}"

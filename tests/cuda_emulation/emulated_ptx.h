@@ -90,11 +90,11 @@ inline void multiply_add(float (&sum)[4], const std::uint32_t (&a)[4], std::uint
       &own);
 }
 
-inline std::uint32_t add_bf16x2(std::uint32_t a, std::uint32_t b) {
+inline std::uint32_t fma_bf16x2(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
   std::uint32_t sum = 0;
   for (int i = 0; i < 32; i += 16) {
-    const double total = element(static_cast<std::uint16_t>(a >> i), __nv_bfloat16{}) +
-                         element(static_cast<std::uint16_t>(b >> i), __nv_bfloat16{});
+    const auto half = [i](std::uint32_t two) { return element(static_cast<std::uint16_t>(two >> i), __nv_bfloat16{}); };
+    const double total = half(a) * half(b) + half(c);
     sum |= static_cast<std::uint32_t>(__float2bfloat16_rn(static_cast<float>(total)).bits) << i;
   }
   return sum;

@@ -49,7 +49,7 @@ def full_precision() -> Iterator[None]:
     matmul.allow_tf32 = before
 
 
-@pytest.mark.parametrize("factors", [None, "int8"])
+@pytest.mark.parametrize("factors", [None, "int8", "fp8"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 2, 5, 8, 17, 64, 128])
 def test_square(tokens: int, dtype, factors: str | None) -> None:
@@ -58,7 +58,7 @@ def test_square(tokens: int, dtype, factors: str | None) -> None:
     )
 
 
-@pytest.mark.parametrize("factors", [None, "int8"])
+@pytest.mark.parametrize("factors", [None, "int8", "fp8"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (17, 63, 17), (63, 17, 63), (200, 128, 64)], ids=str)
 @pytest.mark.parametrize("slots", [0, 1, 5, 64])

@@ -25,7 +25,9 @@ BUCKETS = [1, 2, 8, 9, 16, 32, 33, 64, 65, 100, 128]
 
 forms = pytest.mark.parametrize("form", FORMS)
 kinds = pytest.mark.parametrize(
-    ("dtype", "int8"), [(BF16, False), (FP16, False), (BF16, True)], ids=["bf16", "fp16", "int8"]
+    ("dtype", "factors"),
+    [(BF16, None), (FP16, None), (BF16, "int8"), (BF16, "fp8")],
+    ids=["bf16", "fp16", "int8", "fp8"],
 )
 
 
@@ -73,26 +75,26 @@ def check(inputs: Inputs, form: str) -> None:
 @forms
 @kinds
 @pytest.mark.parametrize("tokens", BUCKETS)
-def test_square(tokens: int, dtype, int8: bool, form: str) -> None:
-    check(make(tokens, 1024, 1024, 1024, dtype=dtype, int8=int8), form)
+def test_square(tokens: int, dtype, factors: str | None, form: str) -> None:
+    check(make(tokens, 1024, 1024, 1024, dtype=dtype, factors=factors), form)
 
 
 @forms
 @kinds
 @pytest.mark.parametrize("sizes", [(16, 1, 16), (48, 63, 144), (1040, 33, 16), (32, 5000, 80)])
 @pytest.mark.parametrize("slots", [0, 1, 17])
-def test_awkward_sizes(sizes, slots: int, dtype, int8: bool, form: str) -> None:
+def test_awkward_sizes(sizes, slots: int, dtype, factors: str | None, form: str) -> None:
     n, m, r = sizes
-    check(make(17, n, m, r, slots=slots, dtype=dtype, int8=int8, bias=slots != 1), form)
+    check(make(17, n, m, r, slots=slots, dtype=dtype, factors=factors, bias=slots != 1), form)
 
 
 @forms
 @pytest.mark.parametrize("shape", [(4096, 14336, 4096), (14336, 4096, 4096), (4096, 1024, 1024)])
 @pytest.mark.parametrize("tokens", [1, 32, 128])
-@pytest.mark.parametrize("int8", [False, True], ids=["same", "int8"])
-def test_shapes_of_an_8b_model(shape, tokens: int, int8: bool, form: str) -> None:
+@pytest.mark.parametrize("factors", [None, "int8", "fp8"])
+def test_shapes_of_an_8b_model(shape, tokens: int, factors: str | None, form: str) -> None:
     n, m, r = shape
-    check(make(tokens, n, m, r, int8=int8), form)
+    check(make(tokens, n, m, r, factors=factors), form)
 
 
 @forms
@@ -102,8 +104,8 @@ def test_all_slots_different(form: str) -> None:
 
 
 @kinds
-def test_no_form_or_tile_changes_a_bit(dtype, int8: bool) -> None:
-    inputs = make(128, 2048, 600, 512, slots=9, dtype=dtype, int8=int8)
+def test_no_form_or_tile_changes_a_bit(dtype, factors: str | None) -> None:
+    inputs = make(128, 2048, 600, 512, slots=9, dtype=dtype, factors=factors)
     assert inputs.slot is not None
     whole, _ = run(inputs, "mma")
     for form in FORMS:

@@ -93,7 +93,7 @@ class Emulation:
         self, inputs: Inputs, *, form: str = "fma", save_h: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """One call of the backend, outputs and workspaces poisoned."""
-        assert unfit(*inputs.args()) is None
+        assert unfit(*inputs.args(), kinds=cuda.KINDS) is None
         assert cuda._too_many(inputs.x.shape[0]) is None
         with testing.poisoned_empty(), cuda_forms.form(form):
             return cuda.forward(*inputs.args(), save_h=save_h)

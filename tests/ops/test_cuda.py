@@ -99,8 +99,8 @@ def test_rules(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 NO_MMA = {
-    "float32 with these factors": testing.make_inputs(1, 16, 16, 16),
-    "float16 with int8 factors": testing.make_inputs(
+    "float32 with factors in torch.float32": testing.make_inputs(1, 16, 16, 16),
+    "float16 with factors in torch.int8": testing.make_inputs(
         1, 16, 8, 16, dtype=torch.half, factors="int8"
     ),
     "multiples of 8": testing.make_inputs(1, 20, 16, 16, dtype=torch.half),

@@ -117,11 +117,11 @@ def kernels(folder: Path) -> list[Kernel]:
 
 
 def test_every_dtype_has_its_kernels(kernels: list[Kernel]) -> None:
-    # x same as factors in three dtypes and int8 under each; two products; tiles of 1, 4 and 8
-    # tokens by vector and one for any alignment. On tensor cores three kinds in three tiles.
+    # x same as factors in three dtypes, int8 and fp8 under each; two products; tiles of 1, 4 and 8
+    # tokens by vector and one for any alignment. On tensor cores four kinds in three tiles.
     plain = [k for k in kernels if "decode_mma" not in k.name]
-    assert len(plain) == 6 * 2 * 4 * len(ARCHS)
-    assert len(kernels) - len(plain) == 3 * 3 * len(ARCHS)
+    assert len(plain) == 9 * 2 * 4 * len(ARCHS)
+    assert len(kernels) - len(plain) == 4 * 3 * len(ARCHS)
 
 
 def test_nothing_spills(kernels: list[Kernel]) -> None:
@@ -149,7 +149,7 @@ def test_loads_are_16_bytes_wide(source: str, tmp_path: Path) -> None:
     assert not any(re.search(r"\batom\.|\bred\.", entry) for entry in entries), "no atomics"
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp16", "int8"])
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "int8", "fp8"])
 def test_tensor_cores_and_asynchronous_copies(
     kernels: list[Kernel], folder: Path, kind: str
 ) -> None:

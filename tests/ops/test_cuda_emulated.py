@@ -30,22 +30,20 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["same", "int8"])
+@pytest.mark.parametrize("factors", [None, "int8", "fp8"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_one_diagonal(emulated, shape, dtype, int8: bool) -> None:
+def test_one_diagonal(emulated, shape, dtype, factors: str | None) -> None:
     T, n, m, r = shape
-    emulated.check(
-        testing.make_inputs(T, n, m, r, dtype=dtype, factors="int8" if int8 else None, seed=T + n)
-    )
+    emulated.check(testing.make_inputs(T, n, m, r, dtype=dtype, factors=factors, seed=T + n))
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["same", "int8"])
+@pytest.mark.parametrize("factors", [None, "int8", "fp8"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("slots", [1, 5, 17])
-def test_diagonal_per_slot(emulated, slots: int, dtype, int8: bool) -> None:
+def test_diagonal_per_slot(emulated, slots: int, dtype, factors: str | None) -> None:
     inputs = testing.make_inputs(
-        17, 63, 17, 64, slots=slots, dtype=dtype, factors="int8" if int8 else None, bias=False
+        17, 63, 17, 64, slots=slots, dtype=dtype, factors=factors, bias=False
     )
     assert inputs.slot is not None and int(inputs.slot.min()) == -1
     emulated.check(inputs)
@@ -101,13 +99,11 @@ def test_order_of_threads_does_not_change_bits(emulated, order: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 17, 63, 17), (9, 63, 7, 65), (5, 64, 9, 32)], ids=str)
-@pytest.mark.parametrize("int8", [False, True], ids=["same", "int8"])
-def test_reads_nothing_behind_the_end(emulated, shape, int8: bool) -> None:
+@pytest.mark.parametrize("factors", [None, "int8", "fp8"])
+def test_reads_nothing_behind_the_end(emulated, shape, factors: str | None) -> None:
     """Every operand ends at a forbidden page: a read past it would kill this process."""
     T, n, m, r = shape
-    inputs = testing.make_inputs(
-        T, n, m, r, slots=2, dtype=torch.bfloat16, factors="int8" if int8 else None
-    )
+    inputs = testing.make_inputs(T, n, m, r, slots=2, dtype=torch.bfloat16, factors=factors)
     moved, _memory = emulated.at_the_edge(inputs)
     assert torch.equal(emulated.run(moved)[0], emulated.run(inputs)[0])
 

@@ -17,12 +17,16 @@ from t2kernels import testing
 from t2kernels.ops import cuda_forms
 
 BF16, FP16 = torch.bfloat16, torch.float16
-KINDS = [(BF16, False), (FP16, False), (BF16, True)]
-KIND_IDS = ["bf16", "fp16", "int8"]
+KINDS = {
+    "bf16": (BF16, None),
+    "fp16": (FP16, None),
+    "int8": (BF16, "int8"),
+    "fp8": (BF16, "fp8"),
+}
 FORMS = ["mma", "mma-pdl", "mma-coop"]
 LAUNCHES = {"mma": (2, 0, 0), "mma-pdl": (1, 1, 0), "mma-coop": (0, 0, 1)}
 
-kinds = pytest.mark.parametrize(("dtype", "int8"), KINDS, ids=KIND_IDS)
+kinds = pytest.mark.parametrize(("dtype", "factors"), KINDS.values(), ids=KINDS)
 forms = pytest.mark.parametrize("form", FORMS)
 
 # (T, n, m, r): one chunk of k; less than a slice; tails in k, in the rows and in every tile of
@@ -39,35 +43,34 @@ SHAPES = [
 ]
 
 
-def make(T: int, n: int, m: int, r: int, *, dtype=BF16, int8: bool = False, slots: int = 3, **more):
-    return testing.make_inputs(
-        T, n, m, r, dtype=dtype, factors="int8" if int8 else None, slots=slots, **more
-    )
+def make(T: int, n: int, m: int, r: int, **more):
+    more = {"dtype": BF16, "slots": 3, **more}
+    return testing.make_inputs(T, n, m, r, **more)
 
 
 @forms
 @kinds
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_the_truth(emulated, shape, dtype, int8: bool, form: str) -> None:
+def test_against_the_truth(emulated, shape, dtype, factors: str | None, form: str) -> None:
     """Late copies and shuffled threads: the order that a GPU is most unlike."""
     emulated.settings(order=sum(shape), late=True)
-    emulated.check(make(*shape, dtype=dtype, int8=int8, seed=sum(shape)), form=form)
+    emulated.check(make(*shape, dtype=dtype, factors=factors, seed=sum(shape)), form=form)
     assert emulated.launches() == LAUNCHES[form]
 
 
 @kinds
 @pytest.mark.parametrize("slots", [0, 1, 40])
-def test_diagonals(emulated, slots: int, dtype, int8: bool) -> None:
-    inputs = make(40, 64, 24, 80, dtype=dtype, int8=int8, slots=slots, bias=False)
+def test_diagonals(emulated, slots: int, dtype, factors: str | None) -> None:
+    inputs = make(40, 64, 24, 80, dtype=dtype, factors=factors, slots=slots, bias=False)
     if slots == 40:
         inputs = replace(inputs, slot=torch.randperm(41, dtype=torch.int32)[:40] - 1)
     emulated.check(inputs, form="mma-coop")
 
 
 @kinds
-def test_no_tile_form_order_or_machine_changes_a_bit(emulated, dtype, int8: bool) -> None:
+def test_no_tile_form_order_or_machine_changes_a_bit(emulated, dtype, factors: str | None) -> None:
     """T alone chooses the tile, the machine chooses stages and blocks (and sometimes the tile)."""
-    inputs = make(128, 576, 100, 160, dtype=dtype, int8=int8, slots=7)
+    inputs = make(128, 576, 100, 160, dtype=dtype, factors=factors, slots=7)
     assert inputs.slot is not None
     whole, _ = emulated.run(inputs, form="mma")
     cases = [(order, late) for order in (0, 1, 5) for late in (False, True)]
@@ -94,9 +97,9 @@ def test_neighbours_do_not_change_bits(emulated) -> None:
 
 
 @kinds
-def test_where_x_lies_does_not_change_bits(emulated, dtype, int8: bool) -> None:
+def test_where_x_lies_does_not_change_bits(emulated, dtype, factors: str | None) -> None:
     """Rows that 16-byte copies cannot read are copied first; wide rows are read where they are."""
-    inputs = make(6, 144, 24, 80, dtype=dtype, int8=int8)
+    inputs = make(6, 144, 24, 80, dtype=dtype, factors=factors)
     expected, _ = emulated.run(inputs, form="mma")
     for width, first in ((147, 1), (160, 8)):
         wide = torch.full((6, width), float("nan"), dtype=dtype)
@@ -117,12 +120,34 @@ def test_a_foreign_slot_gives_nan_and_leaves_the_others(emulated) -> None:
 
 @forms
 @pytest.mark.parametrize("shape", [(1, 16, 63, 16), (9, 48, 7, 64), (70, 64, 9, 528)], ids=str)
-@pytest.mark.parametrize("int8", [False, True], ids=["same", "int8"])
-def test_reads_nothing_behind_the_end(emulated, shape, int8: bool, form: str) -> None:
+@pytest.mark.parametrize("factors", [None, "int8", "fp8"])
+def test_reads_nothing_behind_the_end(emulated, shape, factors: str | None, form: str) -> None:
     """Every operand ends at a forbidden page: a read past it would kill this process."""
-    inputs = make(*shape, int8=int8)
+    inputs = make(*shape, factors=factors)
     moved, _memory = emulated.at_the_edge(inputs)
     assert torch.equal(emulated.run(moved, form=form)[0], emulated.run(inputs, form=form)[0])
+
+
+@pytest.mark.parametrize("form", ["fma", "mma"])
+@pytest.mark.parametrize("factors", ["int8", "fp8"])
+def test_every_8_bit_number_is_read_exactly(emulated, factors: str, form: str) -> None:
+    """256 rows of U that hold one number each, r = 16 of them, times one."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    if factors == "int8":
+        codes = codes[codes != 128]  # -128 is never made, but read as well
+    else:
+        codes = codes[(codes & 0x7F) != 0x7F]  # NaN
+    inputs = make(1, 16, 256, 16, factors=factors, slots=0, bias=False)
+    numbers = codes.view(inputs.U.dtype)
+    U = torch.zeros(256, 16, dtype=torch.uint8).view(inputs.U.dtype)
+    U.view(torch.uint8)[: len(codes), 5] = codes
+    V = torch.zeros(16, 16, dtype=torch.uint8).view(inputs.U.dtype)
+    V.view(torch.uint8)[5, 3] = 0x38 if factors == "fp8" else 1  # 1.0
+    x = torch.zeros(1, 16, dtype=BF16)
+    x[0, 3] = 1
+    ones = torch.ones(16)
+    y, _ = emulated.run(replace(inputs, x=x, U=U, V=V.t(), d=ones, scale=ones), form=form)
+    assert torch.equal(y[0, : len(codes)].float(), numbers.float())
 
 
 def test_no_tokens(emulated) -> None:
@@ -181,8 +206,9 @@ def test_what_does_not_fit_is_an_error(emulated) -> None:
 
     with pytest.raises(RuntimeError, match="needs bf16 or fp16 x"):
         decode(x_dtype=0, w_dtype=0)
-    with pytest.raises(RuntimeError, match="bf16 x with int8"):
-        decode(x_dtype=2, w_dtype=3)
+    for eight_bit in (3, 4):
+        with pytest.raises(RuntimeError, match="bf16 x with 8-bit"):
+            decode(x_dtype=2, w_dtype=eight_bit)
     for wrong in ({"n": 12}, {"r": 20}, {"w_dtype": 3, "n": 24}):
         with pytest.raises(RuntimeError, match="multiples of 8"):
             decode(**wrong)

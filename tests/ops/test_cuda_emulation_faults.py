@@ -18,7 +18,7 @@ class Fault(NamedTuple):
     right: str
     wrong: str
     form: str
-    int8: bool = False
+    factors: str | None = None
 
 
 FAULTS = {
@@ -42,17 +42,15 @@ FAULTS = {
         "grid_barrier.cuh", "counters[0] = 0;", "", "mma-coop"
     ),
     "takes int8 for a number without sign": Fault(
-        "fragments.cuh", "(two & 0xff80ff80u) | 0x80008000u", "0xc300c300u", "mma", int8=True
+        "fragments.cuh", "(two & 0xff80ff80u) | 0x80008000u)", "0xc300c300u)", "mma", factors="int8"
     ),
 }
 
 
-def goes_wrong(emulated, form: str, int8: bool) -> bool:
+def goes_wrong(emulated, form: str, factors: str | None) -> bool:
     """Whether any order of threads shows it, over two calls of several items a block."""
     dtype = torch.bfloat16
-    inputs = testing.make_inputs(
-        20, 1104, 300, 80, slots=3, dtype=dtype, factors="int8" if int8 else None
-    )
+    inputs = testing.make_inputs(20, 1104, 300, 80, slots=3, dtype=dtype, factors=factors)
     for order, late in ((0, False), (1, True), (2, False), (3, True)):
         emulated.settings(order=order, late=late)
         try:
@@ -65,12 +63,12 @@ def goes_wrong(emulated, form: str, int8: bool) -> bool:
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_a_fault_shows(emulation, in_place_of_native, fault: Fault, tmp_path: Path) -> None:
-    unit = "decode_mma_int8.cu" if fault.int8 else "decode_mma_bf16.cu"
+    unit = f"decode_mma_{fault.factors or 'bf16'}.cu"
     broken = emulation.with_fault(fault.file, fault.right, fault.wrong, unit, tmp_path)
-    assert goes_wrong(in_place_of_native(broken), fault.form, fault.int8)
+    assert goes_wrong(in_place_of_native(broken), fault.form, fault.factors)
 
 
 @pytest.mark.parametrize("form", ["mma", "mma-pdl", "mma-coop"])
-@pytest.mark.parametrize("int8", [False, True], ids=["same", "int8"])
-def test_without_a_fault_nothing_shows(emulated, form: str, int8: bool) -> None:
-    assert not goes_wrong(emulated, form, int8)
+@pytest.mark.parametrize("factors", [None, "int8"])
+def test_without_a_fault_nothing_shows(emulated, form: str, factors: str | None) -> None:
+    assert not goes_wrong(emulated, form, factors)
