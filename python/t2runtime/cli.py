@@ -156,6 +156,30 @@ def _eval(commands: Any) -> None:
     )
 
 
+def _quality(commands: Any) -> None:
+    text = "what 8-bit factors cost beside bfloat16: perplexity, KL, greedy drift"
+    p = _add(commands, "quality", text)
+    _model_options(p)
+    p.add_argument("--kinds", nargs="+", metavar="KIND", help="int8, fp8 (default: both)")
+    p.add_argument("--text", metavar="FILE", help="a text file; without it and --task, texts that "
+                   "the model itself samples (small: answers of its tasks)")  # fmt: skip
+    p.add_argument("--task", action="append", metavar="TASK", help="score answers of this task's "
+                   "test problems; several may be given")  # fmt: skip
+    p.add_argument("--data", action="append", default=[], metavar="PATH", help="file or folder "
+                   "of the task's data; TASK=PATH for one of several")  # fmt: skip
+    p.add_argument("--extract", choices=EXTRACTORS, help="read answers in another way")
+    p.add_argument("--skip-bad-lines", action="store_true", help="leave out broken data lines")
+    p.add_argument("--expert", metavar="FILE", help="compare under this expert")
+    p.add_argument("--limit", type=int, default=128, help="at most so many texts")
+    p.add_argument("--tokens", type=int, default=256, help="of a text, at most")
+    p.add_argument("--max-new-tokens", type=int, default=64, help="of a greedy continuation")
+    p.add_argument("--rows", type=int, default=16, help="texts at once")
+    p.add_argument("--seed", type=int, default=0, help="of sampled texts")
+    p.add_argument(
+        "--allow-mismatch", action="store_true", help="take an expert made for another base weight"
+    )
+
+
 def _classify(commands: Any) -> None:
     p = _add(commands, "classify", "what pass 1 confuses, and whether its probabilities hold")
     _model_options(p)
@@ -248,6 +272,7 @@ def build_parser() -> argparse.ArgumentParser:
     _train(commands)
     _adapt(commands)
     _eval(commands)
+    _quality(commands)
 
     _classify(commands)
     _answering(commands)
