@@ -34,22 +34,21 @@ using ManyTokens = Tile<48, 64, 64>;
 template <typename Tile, typename Element, typename Weight>
 struct MmaTile {
   static constexpr int STAGE_BYTES = SLICES * Stage<Tile, Element, Weight>::BYTES;
+  static constexpr int STAGE_WEIGHT_BYTES = SLICES * Stage<Tile, Element, Weight>::WEIGHT_BYTES;
+  static constexpr int ROWS = Tile::ROWS, TOKENS = Tile::TOKENS;
 
   static std::int64_t items(std::int64_t rows, std::int64_t tokens) {
     return (rows + Tile::ROWS - 1) / Tile::ROWS * ((tokens + Tile::TOKENS - 1) / Tile::TOKENS);
   }
-  static Plan planned(const DecodeCall& c, const Machine& machine) {
-    const std::int64_t most = std::max(items(c.r, c.T), items(c.m, c.T));
-    return plan(STAGE_BYTES, Tile::MEET_BYTES, most, c.form == kMmaPdl, machine);
+  // For a launch of one product with so many rows, or of both.
+  static Plan planned(const DecodeCall& c, std::int64_t rows, std::int64_t other_rows, const Machine& machine) {
+    const std::int64_t least = items(std::min(rows, other_rows), c.T), most = items(std::max(rows, other_rows), c.T);
+    return plan(STAGE_BYTES, Tile::MEET_BYTES, least, most, c.form == kMmaPdl, machine);
   }
-  static bool fits(const DecodeCall& c, const Machine& machine) { return planned(c, machine).stages != 0; }
+  static bool fits(const DecodeCall& c, const Machine& machine) { return planned(c, c.r, c.m, machine).stages != 0; }
 
   static void run(const DecodeCall& c, const Machine& machine) {
-    const Plan p = planned(c, machine);
-    if (p.stages == 0) throw std::runtime_error("t2kernels: svf_decode: too little shared memory for tensor cores");
     const auto kernel = decode_mma_kernel<Tile, Element, Weight>;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.shared_bytes),
-          "cudaFuncSetAttribute");
     MmaCall<Element, Weight> call{
         {{static_cast<const Element*>(c.x), c.x_stride, static_cast<const Weight*>(c.V), int(c.r), int(c.n)},
          {static_cast<const Element*>(c.work), c.r, static_cast<const Weight*>(c.U), int(c.m), int(c.r)}},
@@ -59,29 +58,36 @@ struct MmaTile {
         c.barrier,
         0,
         1,
-        p.stages};
-    LaunchShape shape{p.blocks, MMA_THREADS, p.shared_bytes, {}, 0};
-    if (c.form == kMmaCooperative) {
-      shape.attribute.id = cudaLaunchAttributeCooperative;
-      shape.attribute.val.cooperative = 1;
-      shape.attributes = 1;
-      return launch(kernel, "svf_decode (cooperative)", shape, c.stream, call);
-    }
-    const auto one_phase = [&](const char* what, int phase, std::int64_t rows) {
-      call.first_phase = call.last_phase = phase;
-      shape.blocks = std::min<std::int64_t>(p.blocks, items(rows, c.T));
-      launch(kernel, what, shape, c.stream, call);
+        0};
+    cudaLaunchAttribute attribute = {};
+    const auto start = [&](const char* what, const Plan& p, unsigned attributes) {
+      if (p.stages == 0) throw std::runtime_error("t2kernels: svf_decode: too little shared memory for tensor cores");
+      // The plan counts on all of the shared memory, also for the blocks of a kernel beside this one.
+      allow(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.shared_bytes);
+      allow(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+      call.stages = p.stages;
+      launch(kernel, what, {p.blocks, MMA_THREADS, p.shared_bytes, attribute, attributes}, c.stream, call);
     };
-    one_phase("svf_decode (x V)", 0, c.r);
-    if (c.form == kMmaPdl && waits_for_the_kernel_before(kernel, machine)) {
-      shape.attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      shape.attribute.val.programmaticStreamSerializationAllowed = 1;
-      shape.attributes = 1;
+    if (c.form == kMmaCooperative) {
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+      return start("svf_decode (cooperative)", planned(c, c.r, c.m, machine), 1);
     }
-    one_phase("svf_decode (h Uᵀ)", 1, c.m);
+    call.last_phase = 0;
+    start("svf_decode (x V)", planned(c, c.r, c.r, machine), 0);
+    call.first_phase = call.last_phase = 1;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    const bool overlap = c.form == kMmaPdl && waits_for_the_kernel_before(kernel, machine);
+    start("svf_decode (h Uᵀ)", planned(c, c.m, c.m, machine), overlap ? 1 : 0);
   }
 
  private:
+  template <typename Kernel>
+  static void allow(Kernel kernel, cudaFuncAttribute attribute, int value) {
+    check(cudaFuncSetAttribute(kernel, attribute, value), "cudaFuncSetAttribute");
+  }
+
   // A kernel compiled for less than sm_90 has no instruction to wait with; it must start after the one before.
   template <typename Kernel>
   static bool waits_for_the_kernel_before(Kernel kernel, const Machine& machine) {
@@ -92,14 +98,19 @@ struct MmaTile {
   }
 };
 
-// The tile changes the speed, never a bit.
+// use(MmaTile) with the tile for so many tokens. It changes the speed, never a bit.
+template <typename Element, typename Weight, typename Use>
+void with_tile(const DecodeCall& c, const Machine& machine, Use use) {
+  using Many = MmaTile<ManyTokens<Weight>, Element, Weight>;
+  if (c.T <= FewTokens<Weight>::TOKENS) return use(MmaTile<FewTokens<Weight>, Element, Weight>{});
+  if (c.T > SomeTokens<Weight>::TOKENS && Many::fits(c, machine)) return use(Many{});
+  use(MmaTile<SomeTokens<Weight>, Element, Weight>{});
+}
+
 template <typename Element, typename Weight>
 void decode_mma(const DecodeCall& c) {
   const Machine machine = machine_of(c.device);
-  using Many = MmaTile<ManyTokens<Weight>, Element, Weight>;
-  if (c.T <= FewTokens<Weight>::TOKENS) return MmaTile<FewTokens<Weight>, Element, Weight>::run(c, machine);
-  if (c.T > SomeTokens<Weight>::TOKENS && Many::fits(c, machine)) return Many::run(c, machine);
-  MmaTile<SomeTokens<Weight>, Element, Weight>::run(c, machine);
+  with_tile<Element, Weight>(c, machine, [&](auto tile) { tile.run(c, machine); });
 }
 
 }  // namespace t2::cuda

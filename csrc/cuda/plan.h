@@ -25,10 +25,12 @@ struct Plan {
   int shared_bytes;
 };
 
-// Two blocks a multiprocessor where there is work for them or where the next kernel must find room beside this one
-// (`shared`), each with half of the memory and as many stages as that holds; else one block with all of it.
-inline Plan plan(int stage_bytes, int reduction_bytes, std::int64_t items, bool shared, const Machine& machine) {
-  const int wanted = shared || items > machine.multiprocessors ? 2 : 1;
+// Two blocks a multiprocessor where every product has work for them or where the next kernel must find room beside
+// this one (`shared`), each with half of the memory and as many stages as that holds; else one block with all of it.
+// `least` and `most` are the items of the launch's products.
+inline Plan plan(int stage_bytes, int reduction_bytes, std::int64_t least, std::int64_t most, bool shared,
+                 const Machine& machine) {
+  const int wanted = shared || least > machine.multiprocessors ? 2 : 1;
   for (int per = wanted; per >= 1; --per) {
     const int budget =
         std::min(machine.block_shared_bytes, machine.multiprocessor_shared_bytes / per - RESERVED_SHARED_BYTES);
@@ -36,7 +38,7 @@ inline Plan plan(int stage_bytes, int reduction_bytes, std::int64_t items, bool 
     // Two thin rings are no better than a deep one.
     if (stages < (per == 1 ? MIN_STAGES : MIN_STAGES + 1)) continue;
     const std::int64_t room = static_cast<std::int64_t>(machine.multiprocessors) * per;
-    return {stages, per, static_cast<int>(std::min(items, room)), stages * stage_bytes + reduction_bytes};
+    return {stages, per, static_cast<int>(std::min(most, room)), stages * stage_bytes + reduction_bytes};
   }
   return {0, 0, 0, 0};
 }

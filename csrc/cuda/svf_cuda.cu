@@ -28,7 +28,7 @@ void require_tensor_core_fit(const DecodeCall& c, int x_dtype, int w_dtype) {
   require(x_dtype != kF32 && (w_dtype == x_dtype || x_dtype == kBF16),
           "a tensor-core form needs bf16 or fp16 x with factors of its dtype, or bf16 x with 8-bit factors");
   const std::int64_t chunk = w_dtype == x_dtype ? 8 : 16;
-  require(c.n % chunk == 0 && c.r % chunk == 0, "a tensor-core form needs n and r in multiples of 8 (8-bit factors: 16)");
+  require(c.n % chunk == 0 && c.r % chunk == 0, "a tensor-core form needs n and r in multiples of 8 (8-bit: 16)");
   constexpr std::int64_t LIMIT = 1 << 30;
   require(c.n < LIMIT && c.r < LIMIT && c.m < LIMIT && c.T < LIMIT / 16, "a tensor-core form takes sizes below 2^30");
   const auto aligned = [](const void* p) { return reinterpret_cast<Address>(p) % 16 == 0; };

@@ -32,7 +32,7 @@ std::string runtime_version();
 
 // work = (x V) * d_row * scale, then y = work U^T + bias. Meant for decode sizes (T <= 128): the factors are read once
 // per 8 tokens (kFma) or per 8 to 64 (tensor cores), the repeats from L2.
-//   x (T, n) x_dtype, row stride x_stride; V stored (r, n), U (m, r), both contiguous in w_dtype (== x_dtype, kI8 or kF8)
+//   x (T, n) x_dtype, row stride x_stride; V stored (r, n), U (m, r), both contiguous in w_dtype: x_dtype, kI8, kF8
 //   d fp32: (r,) when slot = 0, else (slots, r) with row stride d_stride; slot (T,) int32; base (r,) fp32, used where
 //   slot = -1 (0: zeros); bias (m,) x_dtype or 0; scale (r,) fp32 or 0, multiplied beside d
 //   y (T, m) contiguous x_dtype; h (T, r) contiguous x_dtype or 0: the unscaled x V

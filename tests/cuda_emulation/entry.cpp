@@ -1,9 +1,11 @@
 // The launchers of csrc/cuda with a C interface for ctypes. Return 0, or 1 with the message in `error_text`.
+#include <algorithm>
 #include <cstdio>
 #include <exception>
+#include <iterator>
 
 #include "grid_barrier.cuh"
-#include "launch.cuh"
+#include "launch_mma.cuh"
 #include "svf_cuda.h"
 
 using t2::cuda::Address;
@@ -53,4 +55,23 @@ extern "C" int emulated_barrier(I64 blocks, I64 come, std::uint32_t* counters, i
     shape.attributes = 1;
     t2::cuda::launch(barrier_kernel, "barrier", shape, nullptr, counters, static_cast<int>(come), before, after);
   });
+}
+
+// How one launch of a tensor-core form, of the products with `rows` and `other_rows` rows, would fill the emulated
+// machine: tile, stages, blocks, bytes, items.
+extern "C" void emulated_plan(I64 T, I64 rows, I64 other_rows, I64 eight_bit, I64 form, I64* out) {
+  t2::cuda::DecodeCall c{};
+  c.T = T, c.r = rows, c.m = other_rows, c.form = static_cast<int>(form);
+  const t2::cuda::Machine machine = t2::cuda::machine_of(0);
+  const auto report = [&](auto tile) {
+    const t2::cuda::Plan p = tile.planned(c, rows, other_rows, machine);
+    const I64 values[] = {tile.ROWS,      tile.TOKENS,           p.stages,         p.per_multiprocessor, p.blocks,
+                          p.shared_bytes, tile.STAGE_WEIGHT_BYTES, tile.items(rows, T), tile.items(other_rows, T)};
+    std::copy(std::begin(values), std::end(values), out);
+  };
+  if (eight_bit != 0) {
+    t2::cuda::with_tile<__nv_bfloat16, std::int8_t>(c, machine, report);
+  } else {
+    t2::cuda::with_tile<__nv_bfloat16, __nv_bfloat16>(c, machine, report);
+  }
 }

@@ -48,9 +48,10 @@ FAULTS = {
 
 
 def goes_wrong(emulated, form: str, factors: str | None) -> bool:
-    """Whether any order of threads shows it, over two calls of several items a block."""
+    """Whether any order of threads shows it, over two calls: two items of V and ten of U for three
+    blocks, so that one of them is done with V at once."""
     dtype = torch.bfloat16
-    inputs = testing.make_inputs(20, 1104, 300, 80, slots=3, dtype=dtype, factors=factors)
+    inputs = testing.make_inputs(20, 2080, 300, 48, slots=3, dtype=dtype, factors=factors)
     for order, late in ((0, False), (1, True), (2, False), (3, True)):
         emulated.settings(order=order, late=late)
         try:
