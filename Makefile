@@ -4,8 +4,8 @@
 # make evidence  the method's claims on the small model: many training runs, resumable (an hour of two
 #              cores; STORIES=folder adds a model that tells stories, SEEDS=5)
 # make claims  what the paper says, tried over seeds: docs/claims.md (an hour of two cores;
-#              STORIES, SEEDS, DATA=folder of data sets, UNITS="dispatch ..."; EVIDENCE=file made by
-#              make evidence answers the claims about training)
+#              STORIES, SEEDS, DATA=folder of data sets; EVIDENCE=file made by make evidence answers
+#              the claims about training; with UNITS="dispatch ..." to out/claims only)
 # make gpu     where a GPU is: build, test and benchmark with the Python that is there, no network
 # make build   compile the native module into the source tree, for work on it
 # make clean   remove everything the above have made
@@ -79,6 +79,8 @@ claims: install-demo
 	cd $(OUT)/claims && $(abspath $(BIN))/python -m t2runtime.claims --out . --seeds $(SEEDS) \
 		$(if $(UNITS),--units $(UNITS)) $(if $(STORIES),--stories "$(abspath $(STORIES))") \
 		$(if $(DATA),--data "$(abspath $(DATA))") $(if $(EVIDENCE),--evidence "$(abspath $(EVIDENCE))")
+	$(if $(UNITS),,cp $(OUT)/claims/claims.md $(OUT)/claims/claims*.png docs && \
+		cp $(OUT)/claims/claims.json benchmarks/results)
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py --phase "$(PHASE)" --out "$(OUT)" $(if $(filter-out 0,$(DRY_RUN)),--dry-run)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from t2runtime.claims.units import KINDS
 from t2runtime.evidence.intervals import interval
 from t2runtime.evidence.ledger import Row
 
@@ -52,7 +53,12 @@ class Claim:
     @property
     def command(self) -> str:
         """What measures it."""
-        return "make evidence" if self.evidence else f'make claims UNITS="{self.kind}"'
+        if self.evidence:
+            return "make evidence"
+        needs = KINDS[self.kind].needs if self.kind in KINDS else ()
+        return " ".join(
+            [f'make claims UNITS="{self.kind}"', *(f"{n.upper()}=folder" for n in needs)]
+        )
 
     @property
     def expected(self) -> str:

@@ -61,6 +61,14 @@ def test_evidence_answers_or_is_missing():
     assert "mean" not in missing
 
 
+def test_the_command_names_what_its_unit_needs() -> None:
+    """As `make claims` takes it."""
+    told = Claim("", "", "", "", kind="compose-stories", value=lambda row: 1.0, low=0.0)
+    assert told.command == 'make claims UNITS="compose-stories" STORIES=folder'
+    seen = Claim("", "", "", "", kind="vision-vqa", value=lambda row: 1.0, low=0.0)
+    assert seen.command == 'make claims UNITS="vision-vqa" DATA=folder'
+
+
 def test_a_claim_must_say_what_answers_it():
     with pytest.raises(ValueError, match="kind and value, or evidence"):
         Claim(*SAID, low=0)
