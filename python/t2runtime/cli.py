@@ -11,7 +11,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from t2runtime import options
@@ -222,9 +221,8 @@ def _answer_options(p: argparse.ArgumentParser) -> None:
     )
     options.dispatching(p)
     p.add_argument("--mixtures", metavar="DIR", help="what `t2 adapt` found, one file a task")
-    p.add_argument(
-        "--task", type=_task_name, help="the task whose mixture is used, or its .jsonl file"
-    )
+    p.add_argument("--task", help="the task whose mixture is used, as `t2 adapt` was given it, or "
+                   "as --name called it")  # fmt: skip
     p.add_argument("--router", metavar="FILE", help="what `t2 adapt --method router` wrote")
     p.add_argument("--record", metavar="FILE", help="what `t2 adapt --method record` wrote")
     p.add_argument("--max-new-tokens", type=int, help="default: 256, or what the context leaves")
@@ -234,11 +232,6 @@ def _answer_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--allow-mismatch", action="store_true", help="take experts made for another base weight"
     )
-
-
-def _task_name(text: str) -> str:
-    """What a mixture is called that was found with `t2 adapt --task` of this text."""
-    return Path(text).stem if text.endswith(".jsonl") else text
 
 
 def build_parser() -> argparse.ArgumentParser:

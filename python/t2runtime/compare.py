@@ -19,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from t2runtime.adapt.asking import tell_unnamed
 from t2runtime.adapt.fewshot import Space, check_search, search
 from t2runtime.adapt.mixtures import TaskMixture
 from t2runtime.adapt.record import BASE, record_of_tasks
@@ -243,7 +244,7 @@ class _Finder:
         if missing:
             raise ValueError(
                 f"mixtures must hold one for each task, got none for {', '.join(missing)}; there "
-                f"are {', '.join(mixtures) or 'none'}. Find them with `t2 adapt`"
+                f"are {', '.join(mixtures) or 'none'}. Find them with `t2 adapt`, or say NAME=TASK"
             )
         used = {task: mixtures[task] for task in self.sources}
         for mixture in used.values():
@@ -290,6 +291,7 @@ class _Finder:
         seconds, t2, record = 0.0, self.t2, self.t2.record
         if record is None:
             began, t2 = time.perf_counter(), copy.copy(t2)
+            tell_unnamed(t2.categories_of("record"), self.sources)
             record = record_of_tasks(
                 *self._model, self.names, self.sources, count, seed=self.seed, rows=self.rows,
                 max_new_tokens=self.max_new_tokens, chat=t2.chat,
@@ -321,8 +323,7 @@ def _held_out(
     left = 0
     for task, source in sources.items():
         drawn = source(count + more, split, seed)
-        shots = [problem for problem in drawn if is_marked(problem, used)]
-        rest, out = held_out(drawn, shots)
+        rest, out = held_out(drawn, [problem for problem in drawn if is_marked(problem, used)])
         asked, left = asked + [(task, problem) for problem in rest[:count]], left + out
     random.Random(f"compare/{seed}").shuffle(asked)
     return asked, left
@@ -389,10 +390,10 @@ def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
         )
         cost = "".join(f"{form.format(row[name]):>10s}" for name, form in costs.items())
         lines.append(f"  {row['strategy']:{width}s}  {score:>20s}  {each}{cost}")
-    failed = [row for row in rows if row["failed"]]
     lines += [
         f"  {row['strategy']}: without an answer, counted as wrong: {row['failed']}; the first: "
         f"{row['failure']}"
-        for row in failed
+        for row in rows
+        if row["failed"]
     ]
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from typing import Any
 from t2runtime.rewards import EXTRACTORS
 
 TASK = "gsm8k, mbpp, add, story:animal, ..., a .jsonl file or a folder of them; category:a+b, " \
-       "which of these tasks a question is of"  # fmt: skip
+       "which of these tasks a question is of; NAME=TASK calls a task NAME"  # fmt: skip
 #: Ways to search for a mixture.
 SEARCHES = ("cem", "cma-es", "random", "gradient")
 
@@ -63,7 +63,7 @@ def adapting(p: argparse.ArgumentParser) -> None:
                    help="to mix, or a folder of them; may be given several times")  # fmt: skip
     p.add_argument("--out", required=True, help="folder of mixtures, or a file (.json); the file "
                    "of a router (.safetensors) or a record (.json)")  # fmt: skip
-    p.add_argument("--name", help="of the task in the mixture (default: the task's)")
+    p.add_argument("--name", help="of the mixture that a search finds (default: the task's)")
     p.add_argument("--method", choices=(*SEARCHES, "router", "record"), default="cem",
                    help="a search for a mixture (cem); a network from a question to weights, "
                    "trained on training splits; or a record of each expert's performance on "
@@ -85,8 +85,9 @@ def searching(p: argparse.ArgumentParser) -> None:
     p.add_argument("--shots", type=int, default=10, help="labelled problems to search with (10)")
     p.add_argument("--shots-from", choices=("validation", "train", "test"), default="validation",
                    help="their split; shots are never scored")  # fmt: skip
-    p.add_argument("--budget", type=int, metavar="N", help="forwards at most: a shot under a "
-                   "member is 2 (default: what the generations take)")  # fmt: skip
+    p.add_argument("--budget", type=int, metavar="N", help="forwards at most of each "
+                   "task's search: a shot under a member is 2 (default: what the generations "
+                   "take)")  # fmt: skip
     p.add_argument("--population", type=int, default=32, help="members of a generation (32)")
     p.add_argument("--elites", type=int, default=6, help="of cem (6)")
     p.add_argument("--generations", type=int, default=10, help="without --budget (10)")

@@ -1,9 +1,11 @@
 """A task by its name: generated, known with data of the user's, a JSON-lines file, the category of
-other tasks' questions, or a property of stories.
+other tasks' questions, or a property of stories. "NAME=TASK" calls it otherwise.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import difflib
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +44,49 @@ OF_SEVERAL = "category:"
 logger = logging.getLogger(__name__)
 
 
+def task_parts(text: str) -> tuple[str | None, str]:
+    """(NAME, TASK) of "NAME=TASK"; (None, TASK) of a task that keeps its name. A path that holds
+    "=" is one where it stands for itself: with a "/" before the sign, or where there is such a
+    file. Raises ValueError where one side is empty.
+
+    >>> task_parts("sums=./mine"), task_parts("./a=b"), task_parts("category:sums=./mine+add")
+    (('sums', './mine'), (None, './a=b'), (None, 'category:sums=./mine+add'))
+    """
+    name, sign, task = text.partition("=")
+    if not sign or "/" in name or ":" in name or Path(text).expanduser().exists():
+        return None, text
+    if not name or not task:
+        raise ValueError(f"task must be TASK or NAME=TASK, got {text!r}")
+    return name, task
+
+
+def task_name(text: str) -> str:
+    """What the task is called that `source(text)` gives, without reading any data: so that what was
+    found for a task is found again by the same words.
+
+    >>> task_name("data/mine/"), task_name("./mine.jsonl"), task_name("sums=./mine")
+    ('mine', 'mine', 'sums')
+    >>> task_name("story:animal"), task_name("category:add+max")
+    ('story:animal', 'category')
+    """
+    said, task = task_parts(text)
+    if said is not None:
+        return said
+    if task.startswith(OF_SEVERAL):
+        return tasks.category.NAME
+    if task.endswith(".jsonl"):
+        return Path(task).stem
+    if _is_folder(task) or "/" in task:
+        return Path(task).expanduser().resolve().name
+    return task
+
+
+def _is_folder(task: str) -> bool:
+    """A folder that happens to have a task's name is not meant: "./gsm8k" says that it is."""
+    known = task in ("", *tasks.CATEGORIES, *KNOWN) or task.startswith(stories.PREFIX)
+    return not known and Path(task).expanduser().is_dir()
+
+
 def source(
     name: str,
     *,
@@ -51,7 +96,7 @@ def source(
     small: bool = False,
     descriptions: Mapping[str, str] | None = None,
 ) -> Source:
-    """The source of problems called `name`.
+    """The source of problems called `name`, which may be "NAME=TASK": TASK, called NAME.
 
     A generated task ("add", ...); a known one ("gsm8k", "mbpp", ...) with `data`, a local file or
     folder or "hf://owner/name"; a path that ends in .jsonl, or that of a folder with train.jsonl
@@ -66,6 +111,13 @@ def source(
     if extract is not None and extract not in rewards.EXTRACTORS:
         known = ", ".join(rewards.EXTRACTORS)
         raise ValueError(f"extract must be one of {known}, got {extract!r}")
+    said, name = task_parts(name)
+    if said is not None:
+        made = source(
+            name, data=data, extract=extract, on_bad_lines=on_bad_lines, small=small,
+            descriptions=descriptions,
+        )  # fmt: skip
+        return _called(made, said)
     reads = None if extract is None else rewards.EXTRACTORS[extract]
     if name == tasks.category.NAME or name.startswith(OF_SEVERAL):
         if extract is not None:
@@ -80,14 +132,10 @@ def source(
         )
     generated = tasks.CATEGORIES
     told = name.startswith(stories.PREFIX)
-    own = Path(name).expanduser()
-    # A folder that happens to have a task's name is not meant: "./gsm8k" says that it is.
-    folder = name not in ("", *generated, *KNOWN) and not told and own.is_dir()
-    if name.endswith(".jsonl") or folder:
+    if name.endswith(".jsonl") or _is_folder(name):
         if data is not None:
             raise ValueError(f"task {name!r} is itself the data, got data={str(data)!r} besides")
-        called = own.resolve().name if folder else own.stem
-        return jsonl.load(called, name, extract=reads, on_bad_lines=on_bad_lines)
+        return jsonl.load(task_name(name), name, extract=reads, on_bad_lines=on_bad_lines)
     if name in KNOWN:
         if data is None:
             raise ValueError(
@@ -125,33 +173,43 @@ def sources(
 ) -> dict[str, Source]:
     """{task: source} of several tasks, by the names that the sources give themselves.
 
-    data: "TASK=PATH" for each task that reads data, or the PATH of a single task. extract: for a
-    single task. small: see `source`.
+    data: "TASK=PATH" for each task that reads data (NAME=PATH of one that is given as NAME=TASK),
+    or the PATH of a single task. extract: for a single task. small: see `source`.
     """
     if len(names) > 1 and extract is not None:
         raise ValueError("with several tasks each reads answers in its own way; leave out extract")
     places: dict[str, str] = {}
+    called = [said or task for said, task in map(task_parts, names)]
     for text in data:
-        found_name = next((name for name in names if text.startswith(f"{name}=")), None)
+        found_name = next((name for name in called if text.startswith(f"{name}=")), None)
         if found_name is None and len(names) > 1:
             raise ValueError(
                 "with several tasks give data='TASK=PATH' for each that reads some, TASK one "
-                f"of {', '.join(names)}; got {text!r}"
+                f"of {', '.join(called)}; got {text!r}"
             )
-        name = names[0] if found_name is None else found_name
+        name = called[0] if found_name is None else found_name
         path = text if found_name is None else text[len(name) + 1 :]
         if name in places:
             raise ValueError(f"task {name!r} has its data given twice")
         places[name] = path
     found: dict[str, Source] = {}
-    for name in names:
+    for text, name in zip(names, called, strict=True):
         made = source(
-            name, data=places.get(name), extract=extract, on_bad_lines=on_bad_lines, small=small
+            text, data=places.get(name), extract=extract, on_bad_lines=on_bad_lines, small=small
         )
         if made.name in found:
-            raise ValueError(f"task {made.name!r} is given twice")
+            raise ValueError(f"task {made.name!r} is given twice; say NAME=TASK for one of them")
         found[made.name] = made
     return found
+
+
+def _called(made: Source, name: str) -> Source:
+    """The same problems under another name."""
+    if isinstance(made, tasks.Generated):
+        return dataclasses.replace(made, name=name, of=made.of or made.name)
+    renamed: Any = copy.copy(made)
+    object.__setattr__(renamed, "name", name)  # some are frozen
+    return renamed  # type: ignore[no-any-return]
 
 
 def _known(
@@ -189,7 +247,7 @@ def _categories(
             f"'{OF_SEVERAL}' must be followed by two or more tasks joined by '+', got "
             f"{', '.join(parts)}"
         )
-    if data is not None and not any(_task(part) in KNOWN for part in parts):
+    if data is not None and not any(_part(part)[1] in KNOWN for part in parts):
         raise ValueError(f"none of {', '.join(parts)} reads data=, got {str(data)!r}")
     names = [name for name in found if name != Categories.other]
     if descriptions is not None:
@@ -211,16 +269,21 @@ def _categories(
     return CategorySource(found, categories_for(names, descriptions, small=small))
 
 
-def _task(part: str) -> str:
-    return part.partition("=")[2] if "=" in part else part
+def _part(part: str) -> tuple[str | None, str]:
+    try:
+        return task_parts(part)
+    except ValueError:
+        raise ValueError(
+            f"'{OF_SEVERAL}' must be followed by TASK or NAME=TASK, got {part!r}"
+        ) from None
 
 
 def _category(part: str, data: Data | None, on_bad_lines: OnBadLines) -> tuple[str, Source]:
     """The name of a category, and the source of its questions."""
-    task, said = _task(part), "=" in part
+    said, task = _part(part)
     if task == tasks.category.NAME or task.startswith((OF_SEVERAL, stories.PREFIX)):
         raise ValueError(f"'{OF_SEVERAL}' takes tasks whose questions differ, got {task!r}")
-    if not task or (said and not part.partition("=")[0]):
+    if not task:
         raise ValueError(f"'{OF_SEVERAL}' must be followed by TASK or NAME=TASK, got {part!r}")
     place = None
     if task in KNOWN:
@@ -235,4 +298,4 @@ def _category(part: str, data: Data | None, on_bad_lines: OnBadLines) -> tuple[s
         if place is None:
             raise ValueError(f"data {str(data)!r} must hold a folder {task!r}, it does not")
     made = source(task, data=place, on_bad_lines=on_bad_lines)
-    return (part.partition("=")[0] if said else made.name), made
+    return said or made.name, made

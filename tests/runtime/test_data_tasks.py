@@ -16,7 +16,7 @@ import pytest
 
 from t2runtime.adapt.classifier import CategorySource
 from t2runtime.adapt.prompt import SMALL
-from t2runtime.sources import KNOWN, source
+from t2runtime.sources import KNOWN, source, sources, task_name
 from t2runtime.tasks import Problem, arc, competition_math, gsm8k
 from t2runtime.tasks.files import FileSource, load
 
@@ -451,3 +451,41 @@ def test_every_known_task_was_tested() -> None:
         "banking77",
     }  # fmt: skip
     assert zlib.crc32(b"37+48") % 10 > 1, "the rule of the splits"
+
+
+@pytest.mark.parametrize("form", ["{}/mine", "{}/mine/", "{}/x/../mine", "{}/mine.jsonl"])
+def test_a_task_has_one_name(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `source` calls it, `task_name` says without its data, in whatever way it is given."""
+    (tmp_path / "x").mkdir()
+    own(tmp_path / "mine", "count")
+    write(tmp_path / "mine.jsonl", [{"prompt": f"q{i}", "answer": "1"} for i in range(60)])
+    monkeypatch.chdir(tmp_path)
+    for text in (form.format("."), form.format(tmp_path), form.format(".").removeprefix("./")):
+        assert source(text).name == task_name(text) == "mine"
+        assert source(f"sums={text}").name == task_name(f"sums={text}") == "sums"
+    (tmp_path / "a=b").mkdir()
+    (tmp_path / "mine" / "all.jsonl").rename(tmp_path / "a=b" / "all.jsonl")
+    for text in ("a=b", "./a=b", str(tmp_path / "a=b")):
+        assert source(text).name == task_name(text) == "a=b", "a folder, and no name"
+
+
+def test_any_task_under_another_name(tmp_path: Path) -> None:
+    """The same problems, and the name that data and results are given by."""
+    write(tmp_path / "train.jsonl", words(200))
+    write(tmp_path / "test.jsonl", words(50, start=190))
+    made = sources(["sums=add", "school=gsm8k", "zoo=story:animal", "pass1=category:add+max"],
+                   data=[f"school={tmp_path}"])  # fmt: skip
+    assert list(made) == ["sums", "school", "zoo", "pass1"] == [one.name for one in made.values()]
+    for split in ("train", "validation", "test"):
+        plain, sums = (task(9, split, 3) for task in (source("add"), made["sums"]))
+        assert sums == plain, "draws, phrasings and all"
+    answers = [problem.answer for problem in made["sums"](5, "test", 0)]
+    assert made["sums"].grade(made["sums"](5, "test", 0), answers) == [True] * 5
+    assert len(made["school"](99, "test", 0)) == 50
+    assert isinstance(made["pass1"], CategorySource)
+    assert list(sources(["a=add", "b=add"])) == ["a", "b"]
+    for text in ("=add", "sums="):
+        with pytest.raises(ValueError, match="TASK or NAME=TASK, got"):
+            source(text)
+    with pytest.raises(ValueError, match="'add' is given twice; say NAME=TASK"):
+        sources(["add", "add"])

@@ -8,7 +8,7 @@ three give the model the same tokens. Files without it, older ones say, are aske
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import t2kernels as t2k
 from t2runtime.adapt.mixtures import Hashes, TaskMixture
@@ -117,6 +117,20 @@ def servable(
             "is trained again", classifier, ", ".join(new),
         )  # fmt: skip
     return own
+
+
+def tell_unnamed(categories: Categories, tasks: Iterable[str]) -> list[str]:
+    """The tasks that pass 1 cannot name, so that a record of them decides nothing; the log warns of
+    them, with the remedy.
+    """
+    unnamed = [task for task in tasks if task not in categories.all_names]
+    if unnamed:
+        logger.warning(
+            "pass 1 names %s, so never %s: what the record says of these decides nothing, and a "
+            "category that it says nothing of gets the base. Call a task like the expert of its "
+            "category: NAME=TASK", ", ".join(categories.all_names), ", ".join(unnamed),
+        )  # fmt: skip
+    return unnamed
 
 
 def _experts(mixture: Mixture) -> set[str]:

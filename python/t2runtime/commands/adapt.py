@@ -13,6 +13,7 @@ from typing import Any
 
 import t2kernels as t2k
 from t2kernels.files import check_name
+from t2runtime.adapt.asking import tell_unnamed
 from t2runtime.adapt.fewshot import FewShot, check_search, search
 from t2runtime.adapt.mixtures import load_mixture, save_mixture
 from t2runtime.adapt.record import Record, record_of_tasks
@@ -40,6 +41,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return _mixture(args, task)
 
 
+def _mixture_name(said: str | None, task: str) -> str:
+    """What the mixture is called; ValueError for what is no name of a file."""
+    try:
+        return check_name(said or task, "task")
+    except ValueError as error:
+        raise ValueError(f"{error} Call it otherwise: --task NAME={task}") from None
+
+
 def experts_to_mix(args: argparse.Namespace) -> int | None:
     """Weights in a member of a search, as far as that is known without the model."""
     return len(files(args.expert)) if args.per == "expert" else None
@@ -60,7 +69,13 @@ def _learned(args: argparse.Namespace, named: Mapping[str, Source]) -> dict[str,
     out, ending = Path(args.out), ".safetensors" if args.method == "router" else ".json"
     if out.suffix != ending:
         raise ValueError(f"--out must be a file that ends in {ending}, got {args.out!r}")
+    if args.name is not None:
+        raise ValueError(
+            f"--name is for the mixture of a search, --method {args.method} takes its tasks' own "
+            f"names, got {args.name!r}. Call a task otherwise by --task NAME=TASK"
+        )
     t2 = _engine(args)
+    unnamed = tell_unnamed(t2.categories, named) if args.method == "record" else []
     names, began = list(t2.bank.names), time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
     if args.method == "router":
@@ -82,7 +97,6 @@ def _learned(args: argparse.Namespace, named: Mapping[str, Source]) -> dict[str,
         t2, named, [None, args.method], problems=args.limit, seed=args.seed, rows=args.rows,
         max_new_tokens=args.max_new_tokens,
     )  # fmt: skip
-    unnamed = [task for task in named if task not in t2.categories.all_names]
     return {
         "model": args.model,
         "tasks": list(named),
@@ -92,14 +106,14 @@ def _learned(args: argparse.Namespace, named: Mapping[str, Source]) -> dict[str,
         "problems": rows[0].score.total,
         "leaked": rows[0].left_out,
         "chosen": {task: t2.record.choose(task) for task in named} if t2.record else None,
-        "never_named": unnamed if args.method == "record" else [],
+        "never_named": unnamed,
         "strategies": [row.facts() for row in rows],
     }
 
 
 def _mixture(args: argparse.Namespace, task: Source) -> dict[str, Any]:
     """The mixture of a task, by a search on its shots."""
-    name = check_name(args.name or task.name, "task")  # now, so that no search is lost by it
+    name = _mixture_name(args.name, task.name)  # now, so that no search is lost by it
     shots = task(args.shots, args.shots_from, args.seed)
     check_search(args.method, len(shots), experts_to_mix(args), **search_settings(args))
     t2 = _engine(args)
@@ -196,7 +210,8 @@ def _show_learned(result: dict[str, Any]) -> str:
     if result["never_named"]:
         lines.append(
             f"  pass 1 names experts of the bank, so never {', '.join(result['never_named'])}: "
-            "what the record says of them is of no use"
+            "what the record says of them is of no use. Call a task like the expert of its "
+            "category: --task NAME=TASK"
         )
     lines.append(
         f"  on {result['problems']} test problems without those it was made with "

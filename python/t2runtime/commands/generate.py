@@ -14,6 +14,7 @@ from t2runtime.adapt.weights import Mixture
 from t2runtime.commands.train import targets
 from t2runtime.engine import Transformer2
 from t2runtime.options import at_least_one, expert_files
+from t2runtime.sources import task_name
 
 #: The mixture that the weights of --expert say, and no pass 1.
 FIXED = "fixed"
@@ -50,6 +51,7 @@ def check(args: argparse.Namespace) -> None:
 def engine(args: argparse.Namespace) -> tuple[Transformer2, str | dict[str, float] | None]:
     """The model with the bank that the options describe, and what `generate` is told."""
     check(args)
+    args.task = args.task and task_name(args.task)
     t2, weights = loaded(args, args.mixtures)
     return t2, (weights or None) if args.strategy == FIXED else args.strategy
 

@@ -50,7 +50,7 @@ def problems(name: str, count: int, split: Split, seed: int = 0) -> list[Problem
 
 @dataclass(frozen=True)
 class Generated:
-    """A generated task as a source.
+    """A generated task as a source; `of` is the task where `name` is what somebody calls it.
 
     >>> add = Generated("add")
     >>> add.grade(add(1, "test", 0), ["no number"])
@@ -60,13 +60,14 @@ class Generated:
     name: str
     max_new_tokens: int = 8
     grader: Grader = EXACT
+    of: str | None = None
 
     def __post_init__(self) -> None:
-        problems(self.name, 1, "train")
+        problems(self.of or self.name, 1, "train")
 
     def __call__(self, count: int, split: Split, seed: int) -> list[Problem]:
         """See `problems`."""
-        return problems(self.name, count, split, seed)
+        return problems(self.of or self.name, count, split, seed)
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[bool]:
         """One verdict a problem."""

@@ -56,13 +56,16 @@ def test_finds_saves_and_scores(
         (["--budget", "10"], "budget must be at least 36 forwards"),
         (["--expert", "nowhere.safetensors"], "does not exist"),
         (["--name", "../up"], "task must consist of"),
+        (["--name", "up", "--method", "record"], "by --task NAME=TASK"),
+        (["--name", "up", "--method", "router"], "by --task NAME=TASK"),
     ],
 )
 def test_bad_input(
     experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str],
     words: str,
 ) -> None:  # fmt: skip
-    argv = ["adapt", "small", "--task", "other", "--out", str(tmp_path / "m")]
+    out = {"record": "m.json", "router": "m.safetensors"}.get(change[-1], "m")
+    argv = ["adapt", "small", "--task", "other", "--out", str(tmp_path / out)]
     assert main([*argv, "--expert", str(experts), *QUICK, *change]) == 2
     assert words in capsys.readouterr().err
 
@@ -81,22 +84,70 @@ def test_no_experts_and_two_of_a_name(
     assert "holds no *.safetensors" in capsys.readouterr().err
 
 
-def test_a_mixture_is_recalled_by_the_file_it_was_found_with(
-    experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("given", ["own.jsonl", "./own/", "own", "sums=./own"])
+def test_a_mixture_is_recalled_by_the_words_it_was_found_with(
+    experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Or by its name; the error names the tasks that there are, as a command does."""
-    data, out = tmp_path / "data" / "own.jsonl", tmp_path / "mixtures"
-    data.parent.mkdir()
+    monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(40)]
-    data.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    given = ["small", "--expert", str(experts), "--max-new-tokens", "4"]
-    assert main(["adapt", *given, "--task", str(data), "--out", str(out), *QUICK]) == 0
-    asked = ["generate", *given, "--strategy", "few-shot", "--mixtures", str(out), "--prompt",
+    (tmp_path / "own").mkdir()
+    for place in (tmp_path / "own.jsonl", tmp_path / "own" / "all.jsonl"):
+        place.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    few = ["small", "--expert", str(experts), "--max-new-tokens", "4"]
+    assert main(["adapt", *few, "--task", given, "--out", "mixtures", *QUICK]) == 0
+    asked = ["generate", *few, "--strategy", "few-shot", "--mixtures", "mixtures", "--prompt",
              "3+1=", "--json"]  # fmt: skip
+    name = "sums" if "=" in given else "own"
     capsys.readouterr()
-    for task in (str(data), "own"):
+    for task in (given, name, f"{name}=add"):
         assert main([*asked, "--task", task]) == 0
-        assert json.loads(capsys.readouterr().out)["outputs"][0]["mixture"]["task"] == "own"
+        assert json.loads(capsys.readouterr().out)["outputs"][0]["mixture"]["task"] == name
+    scored = ["eval", *few, "--strategy", "few-shot", "--mixtures", "mixtures", "--limit", "3"]
+    assert main([*scored, "--task", given, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tasks"] == [name]
     assert main([*asked, "--task", "other"]) == 2
     said = capsys.readouterr().err
-    assert "'few-shot' needs --task, one of the tasks that a mixture was found for (own)" in said
+    assert f"needs --task, one of the tasks that a mixture was found for ({name})" in said
+    assert main([*scored, "--task", "count"]) == 2
+    assert "or say NAME=TASK" in capsys.readouterr().err
+
+
+def test_a_task_whose_name_is_no_file(
+    experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["adapt", "small", "--task", "story:animal", "--out", str(tmp_path)]
+    assert main([*words, "--expert", str(experts)]) == 2
+    assert "otherwise: --task NAME=story:animal" in capsys.readouterr().err
+
+
+def test_a_record_of_own_folders(
+    experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Its categories are experts: NAME=FOLDER makes them so, and without it adapt says that the
+    record decides nothing."""
+    rows = [{"prompt": f"say x{i}=", "answer": f"x{i}"} for i in range(60)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    words = ["adapt", "small", "--expert", str(experts), "--method", "record", "--out",
+             str(tmp_path / "record.json"), "--problems", "3", "--limit", "3",
+             "--max-new-tokens", "6"]  # fmt: skip
+    assert main([*words, "--task", str(tmp_path / "mine.jsonl")]) == 0
+    assert "never mine" in (shown := capsys.readouterr().out) and "--task NAME=TASK" in shown
+    assert [record.getMessage() for record in caplog.records] == [
+        "pass 1 names also, far, still, other, so never mine: what the record says of these "
+        "decides nothing, and a category that it says nothing of gets the base. Call a task like "
+        "the expert of its category: NAME=TASK"
+    ]
+    scored = ["eval", *words[1:4], "--strategy", "none", "record", "--limit", "3", "--json",
+              "--max-new-tokens", "6"]  # fmt: skip
+    caplog.clear()
+    assert main([*scored, "--task", str(tmp_path / "mine.jsonl")]) == 0
+    assert "so never mine" in caplog.text, "where the record is made in the call, too"
+    caplog.clear()
+    capsys.readouterr()
+    assert main([*words, "--task", f"still={tmp_path / 'mine.jsonl'}", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["never_named"] == [] and list(made["chosen"]) == ["still"] and not caplog.records
+    assert list(made["strategies"][1]["by_task"]) == ["still"]
