@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .nn.linear import SVFLinear
 from .ops import dispatch
+from .quantized import QuantizedFactors
 
 _FORMS = {
     "merged": "an expert is merged into the stored weight (bank.merge)",
@@ -55,12 +56,14 @@ def explain(layer: SVFLinear, x: Tensor) -> Explanation:
         return Explanation("merged" if state == "merged" else "base", "torch", why)
     f = layer.factors
     delta = not layer.full_rank
-    scale = getattr(f, "scale", None)
+    scale = f.scale if isinstance(f, QuantizedFactors) else None
     x2 = x.reshape(-1, layer.in_features)
     bias = None if delta else layer.bias
     choice = dispatch.choose(x2, f.U, f.V, d.detach(), f.S, slot, bias, scale)
     if delta:
         why += f"; {layer.rank} components ride on the stored weight"
+    if isinstance(f, QuantizedFactors):
+        why += f"; U and V are held in {f.kind}"
     return Explanation(
         "delta" if delta else "factorised", choice.module.NAME, f"{why}; {choice.why}"
     )

@@ -177,6 +177,8 @@ def test_eight_bit_factors(model, kind, options):
             torch.testing.assert_close(model(IDS), exact, **close)
         with bank.use("two"):
             moved = model(IDS)
+            why = t2k.explain(layers["layers.0.mlp.up_proj"], torch.zeros(2, 5, 8)).why
+            assert f"U and V are held in {kind}" in why
         assert (moved - exact).abs().max() > 0.1, "the expert does nothing: no test"
         bank.merge("two")
         torch.testing.assert_close(model(IDS), moved, **close)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from t2runtime.evaluate import wilson
-from t2runtime.generation import Completions, complete_ids, forced
-from t2runtime.prompts import context_length, pad_left, pad_token
+from t2runtime.generation import Completions, complete_ids
+from t2runtime.prompts import context_length, pad_left, pad_token, prompt_ids, turn_end
 from t2runtime.tasks import Problem
 
 #: Resamples behind an interval.
@@ -77,6 +77,7 @@ def windows(tokenizer: Any, path: Path, tokens: int, limit: int) -> list[Text]:
 def answered(model: Any, tokenizer: Any, problems: Sequence[Problem]) -> list[Text]:
     """Problems with what a model should answer (`Problem.target`) and its end token, as
     next-token training sees them: the answer is scored, and greedy answers start at the question.
+    Those beyond the model's context are left out; ValueError where fewer than two are left.
     """
     without = next((problem for problem in problems if not problem.target.strip()), None)
     if without is not None:
@@ -84,10 +85,19 @@ def answered(model: Any, tokenizer: Any, problems: Sequence[Problem]) -> list[Te
             f"--task {without.category!r} has no text to score for {without.prompt[:80]!r}; give "
             "--text FILE, or neither for texts that the model samples"
         )
+    end, context = turn_end(model, tokenizer), context_length(model)
     found = []
     for problem in problems:
-        given = forced(tokenizer, [problem.prompt], [problem.target], model)
-        found.append(Text(given.ids[0].tolist(), given.prompt_length, given.prompt_length))
+        asked = prompt_ids(tokenizer, problem.prompt)
+        answer = tokenizer(problem.target, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = [*asked, *answer, *end]
+        if context is None or len(ids) <= context:
+            found.append(Text(ids, len(asked), len(asked)))
+    if len(found) < 2:
+        raise ValueError(
+            f"{len(found)} of {len(problems)} problems with their answers fit into the model's "
+            f"context of {context} tokens, two are needed; give another --task, or --text FILE"
+        )
     return found
 
 

@@ -22,7 +22,7 @@ from t2runtime.quality import (
     resampled,
     windows,
 )
-from t2runtime.tasks import SKILLS, problems
+from t2runtime.tasks import SKILLS, Problem, problems
 
 
 class Table(torch.nn.Module):
@@ -139,6 +139,10 @@ def test_answers_are_scored_behind_their_questions(small: Any) -> None:
         assert tokenizer.decode(text.ids[text.scored : -1]) == problem.answer
         assert text.ids[-1] == tokenizer.eos_token_id and text.prompt == text.scored
     assert new_tokens_that_fit(model, [Text([1] * 9, 1, 60)], 20) == 4
+    long = Problem("say " + "a" * 60 + "=", "a" * 60, "other")
+    assert answered(model, tokenizer, [*asked, long]) == answered(model, tokenizer, asked)
+    with pytest.raises(ValueError, match="1 of 3 problems .* context of 64 tokens"):
+        answered(model, tokenizer, [asked[0], long, long])
 
 
 @pytest.fixture

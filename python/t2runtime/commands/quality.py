@@ -92,7 +92,9 @@ def _texts(
     named = sources(tasks, **task_data(args))
     count = -(-args.limit // len(named))
     asked = [problem for task in named.values() for problem in task(count, "test", args.seed)]
-    return "answers of " + " + ".join(named), answered(model, tokenizer, asked)
+    found = answered(model, tokenizer, asked)
+    left = f", {len(asked) - len(found)} too long" if len(found) < len(asked) else ""
+    return f"answers of {' + '.join(named)}{left}", found
 
 
 def _convert(
