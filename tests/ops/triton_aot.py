@@ -121,7 +121,9 @@ def _arguments(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], dict[st
                 types["bias_ptr"] = None
         else:
             kernel = _backward.gradient_kernel
-            types = {"g_ptr": x, "u_ptr": w, "h_ptr": x, "gud_ptr": x, **diagonal}
+            # h of 8-bit factors leaves fp16's range.
+            h = "*fp32" if case.factors and case.dtype == "fp16" else x
+            types = {"g_ptr": x, "u_ptr": w, "h_ptr": h, "gud_ptr": x, **diagonal}
             types["product_ptr"] = "*fp32" if case.slots else None
             types["partial_ptr"] = None if case.slots else "*fp32"
     names = kernel.arg_names
@@ -211,6 +213,7 @@ def few_cases(arch: int) -> list[Case]:
         Case("expand", "fp16", "DECODE_64", arch),
         Case("project", "bf16", "LARGE_8BIT", arch, slots=True, factors="int8"),
         Case("project", "bf16", "LARGE_8BIT", arch, slots=True, factors="fp8"),
+        Case("gradient", "fp16", "LARGE_8BIT", arch, slots=True, factors="fp8"),
         Case("project", "fp32", "FP32_LARGE", arch, slots=True),
         Case("gradient", "fp32", "FP32", arch, slots=True),
         Case("finalise", "fp32", "-", arch, slots=True),

@@ -203,6 +203,24 @@ class TestBackward:
         i = make_inputs(17, 63, 40, 33, slots=slots, factors=kind)
         check_backward(i, torch.randn(17, 40), saved=False)
 
+    @pytest.mark.parametrize("kind", FACTOR_KINDS)
+    @pytest.mark.parametrize("slots", [0, 3])
+    def test_eight_bit_factors_stay_in_the_range_of_fp16(self, slots: int, kind: str) -> None:
+        """x V without its scale leaves fp16; dd, which has the scale, does not."""
+        i = make_inputs(9, 600, 24, 17, slots=slots, dtype=torch.float16, factors=kind)
+        i = replace(i, x=i.x * 60)
+        h = (i.x.float() @ i.V.float()).half()
+        assert not h.isfinite().all(), "in range: no test"
+        assert backend.forward(*i.args())[0].isfinite().all()
+        g = torch.randn(9, 24).half()
+        j, head = i.double(), (i.x, i.U, i.V, i.d, i.base, i.slot)
+        truth = reference.backward(g.double(), j.x, j.U, j.V, j.d, j.base, j.slot, None, j.scale)
+        for saved in (None, h):
+            found = backend.backward(g, *head, saved, i.scale)
+            for a, b in zip(found, truth, strict=True):
+                assert a is not None and b is not None
+                assert testing.relative_error(a, b) < 2e-3
+
     @pytest.mark.parametrize("slots", [0, 4])
     def test_only_what_is_needed(self, slots: int) -> None:
         i, g = make_inputs(19, 20, 21, 18, slots=slots), torch.randn(19, 21)

@@ -201,8 +201,10 @@ def backward(
     gud = torch.empty((T, R), dtype=x.dtype, device=x.device) if need_dx else None
     summands = None
     if need_dd:
-        if h is None:
-            h = torch.empty((T, R), dtype=x.dtype, device=x.device)
+        # Without its scale, x times 8-bit factors leaves fp16's range, also as it was saved.
+        wide = scale is not None and x.dtype == torch.float16
+        if h is None or wide:
+            h = torch.empty((T, R), dtype=d.dtype if wide else x.dtype, device=x.device)
             project(x, V, d, base, slot, scale, h=h, hd=None)
         # One row per token tile, or per token where tokens of a tile may differ in their slot.
         rows = T if slot is not None else triton.cdiv(T, tile.tokens)
