@@ -9,11 +9,38 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 
+class _Store(argparse.Action):
+    """Stores a value, as argparse's own; refuses a second name or file, since two were meant and
+    one would be lost. A number or a choice that is given again is corrected, as in any program.
+    """
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None
+    ) -> None:
+        """Put the value where argparse looks for it."""
+        seen = parser.seen if isinstance(parser, Parser) else {}
+        text = option is not None and self.type is None and self.choices is None
+        if text and self.dest in seen:
+            parser.error(
+                f"argument {option} takes one value, it was given {seen[self.dest]!r} and "
+                f"{values!r}"
+            )
+        seen[self.dest] = values
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with suggestions; exit code 2 and a single line for every mistake."""
 
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.seen: dict[str, Any] = {}  # what the options of this call were given
+        for name in (None, "store"):
+            self.register("action", name, _Store)
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, keeping the words given for `error`."""
+        self.seen.clear()
         self._given = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args(args, namespace)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import t2kernels as t2k
-from t2runtime.cli import main
+from t2runtime.cli import build_parser, main
 from t2runtime.commands import train as train_command
 from t2runtime.loading import SMALL_MODEL
 from t2runtime.options import parse_expert
@@ -61,6 +61,9 @@ def test_typos_are_answered(
         (("train", "small", "--task", "add", "--out", "x.pt"), ".safetensors"),
         (("train", "small", "--task", "add", "--out", "x.safetensors", "--steps", "0"), "steps"),
         (("demo", "--expert", "x"), "--model"),
+        (("train", "small", "--task", "a", "--task", "b", "--out", "x"), "given 'a' and 'b'"),
+        (("adapt", "small", "--task", "a", "--out", "x", "--out=y"), "--out takes one value"),
+        (("quality", "small", "--expert", "x", "--expert", "y"), "--expert takes one value"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -69,6 +72,14 @@ def test_mistakes_are_one_line(
     code, out, err = call(capsys, *words)
     assert code == 2 and not out
     assert said in err and len(err.splitlines()) == 1
+
+
+def test_what_is_not_given_twice() -> None:
+    """A number is corrected, options that take several keep all, and a new call starts anew."""
+    words = ["eval", "small", "--task", "add", "--task", "max", "--limit", "3", "--limit", "5"]
+    for _ in range(2):
+        args = build_parser().parse_args([*words, "--router", "x"])
+        assert args.task == ["add", "max"] and args.limit == 5 and args.router == "x"
 
 
 def test_help_in_a_process_of_its_own() -> None:
