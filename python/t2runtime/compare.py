@@ -127,8 +127,7 @@ def compare(
             its category).
         names: experts that may be chosen in what is found (default: all but the classifier).
         max_new_tokens: of each answer; default: what its task says.
-        seed: of problems, shots and searches.
-        rows: questions a batch.
+        seed: of problems, shots and searches. rows: questions a batch.
         settings: of `search`: population, generations, budget, per, ...
 
     A problem that any of the strategies was found with is left out for all of them. Raises
@@ -280,8 +279,9 @@ class _Finder:
         if router is None:
             began, t2 = time.perf_counter(), copy.copy(t2)
             router = train_router(
-                *self._model, self.names, list(self.sources.values()), cfg, chat=t2.chat
-            )
+                *self._model, self.names, list(self.sources.values()), cfg, chat=t2.chat,
+                max_new_tokens=self.max_new_tokens,
+            )  # fmt: skip
             t2.router, seconds = router, time.perf_counter() - began
         shots, forwards = router.trained["questions"], router.trained["forwards"]
         return self._learned("router", t2, shots, forwards, seconds, router.questions)

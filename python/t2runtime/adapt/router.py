@@ -23,7 +23,7 @@ from t2runtime.adapt.fewshot import Space
 from t2runtime.adapt.mixtures import Hashes, check_experts, hashes
 from t2runtime.adapt.shots import check_shots, log_likelihood, marks_in, question_marks
 from t2runtime.generation import forward_parameters
-from t2runtime.prompts import encode
+from t2runtime.prompts import check_context, encode, prompt_ids
 from t2runtime.tasks import Problem, Source
 
 KIND, VERSION = "router", 1
@@ -182,18 +182,27 @@ def train_router(
     cfg: RouterConfig | None = None,
     log: Callable[[dict[str, float]], None] | None = None,
     chat: str = "auto",
+    max_new_tokens: int | None = None,
 ) -> Router:
     """Maximise mean log p(answer | question; alpha(question)) − l1·Σalpha on the training splits of
     the sources; nothing else of them is read.
 
-    `log` gets {"step", "log_likelihood"} of every step. Raises ValueError as `Space` does, and
-    where there is no source.
+    `log` gets {"step", "log_likelihood"} of every step. max_new_tokens: of an answer, default what
+    each source says. Raises ValueError as `Space` does, where there is no source, and before any
+    training where a question and an answer of that length do not fit into the context, as searches
+    and records do.
     """
     cfg = cfg or RouterConfig()
     space = Space(bank, tuple(names))
     if not sources:
         raise ValueError("sources must hold at least one task to train on, got none")
-    pool = training_problems(sources, cfg)
+    pool: list[Problem] = []
+    share = -(-cfg.rows * cfg.steps // len(sources))
+    for source in sources:
+        pool += (drawn := source(share, "train", cfg.seed))
+        asked = {problem.prompt: None for problem in drawn}  # each once
+        lengths = [len(prompt_ids(tokenizer, prompt, chat)) for prompt in asked]
+        check_context(model, lengths, [max_new_tokens or source.max_new_tokens] * len(asked))
     check_shots(pool)
     random.Random(f"router/{cfg.seed}").shuffle(pool)
     looked = [
@@ -225,9 +234,3 @@ def train_router(
     router.questions = question_marks(pool)
     router.trained = {"questions": len(router.questions), "forwards": 2 * used + len(pool)}
     return router.eval()
-
-
-def training_problems(sources: Sequence[Source], cfg: RouterConfig) -> list[Problem]:
-    """What a router of these settings is trained on: equal parts of the training splits."""
-    share = -(-cfg.rows * cfg.steps // len(sources))
-    return [problem for source in sources for problem in source(share, "train", cfg.seed)]

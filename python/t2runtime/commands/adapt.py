@@ -81,8 +81,9 @@ def _learned(args: argparse.Namespace, named: Mapping[str, Source]) -> dict[str,
     if args.method == "router":
         cfg = RouterConfig(steps=args.steps, high=args.high, l1=args.l1, seed=args.seed)
         made = train_router(
-            t2.model, t2.tokenizer, t2.bank, names, list(named.values()), cfg, chat=t2.chat
-        )
+            t2.model, t2.tokenizer, t2.bank, names, list(named.values()), cfg, chat=t2.chat,
+            max_new_tokens=args.max_new_tokens,
+        )  # fmt: skip
         made.save(out)
         t2.router = Router.load(out)
     else:

@@ -122,6 +122,22 @@ def test_a_task_whose_name_is_no_file(
     assert "otherwise: --task NAME=story:animal" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("method", ["cem", "router", "record"])
+def test_answers_that_cannot_fit_are_refused_before_any_work(
+    experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    """By all methods alike; a table of a saved router would only show problems without answers."""
+    out = tmp_path / {"router": "r.safetensors", "record": "r.json"}.get(method, "r")
+    words = ["--task", "other", "--expert", str(experts), "--max-new-tokens", "60"]
+    few = [*QUICK[2:], "--method", method] if method == "cem" else ["--method", method]
+    assert main(["adapt", "small", *words, *few, "--out", str(out)]) == 2
+    assert "60 new ones are asked for (--max-new-tokens)" in capsys.readouterr().err
+    assert not out.exists()
+    if method != "cem":
+        assert main(["eval", "small", *words, "--strategy", method]) == 2
+        assert "60 new ones are asked for (--max-new-tokens)" in capsys.readouterr().err
+
+
 def test_a_record_of_own_folders(
     experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
