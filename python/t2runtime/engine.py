@@ -266,10 +266,13 @@ class Transformer2:
         room = NEW_TOKENS if context is None else context - len(request.ids)
         request.budget = request.most or min(NEW_TOKENS, room)
         if context is not None and (room < request.budget or room < 1):
+            asked, more = "at least one new one is needed", ""
+            if request.most is not None:
+                asked = f"{request.most} new ones are asked for (max_new_tokens)"
+                more = " or lower max_new_tokens" if room >= 1 else ""
             raise ValueError(
-                f"the prompt has {len(request.ids)} tokens and {max(1, request.budget)} new ones "
-                f"are asked for (max_new_tokens), the model's context holds {context}. Shorten the "
-                "prompt or lower max_new_tokens"
+                f"the prompt has {len(request.ids)} tokens and {asked}, the model's context holds "
+                f"{context}. Shorten the prompt{more}"
             )
 
     def _answer(self, requests: list[Request], stop: Sequence[str], stream: Stream | None) -> None:

@@ -70,13 +70,13 @@ def messages_of(prompt: Prompt) -> list[dict[str, str]]:
     """A prompt as chat messages; a text is the user's only one.
 
     Raises TypeError for what is neither, ValueError for a chat that does not end with the user's
-    turn.
+    turn, and for text that is none (a lone surrogate).
 
     >>> messages_of("Hello")
     [{'role': 'user', 'content': 'Hello'}]
     """
     if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
+        return [{"role": "user", "content": _sound(prompt)}]
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise TypeError(
             "a prompt must be a str or a list of {'role', 'content'} messages, got "
@@ -95,7 +95,19 @@ def messages_of(prompt: Prompt) -> list[dict[str, str]]:
     if not messages or messages[-1]["role"] != "user":
         got = f"one by {messages[-1]['role']!r}" if messages else "no message"
         raise ValueError(f"a chat must end with a message of role 'user', got {got}")
-    return [dict(message) for message in messages]
+    return [{**message, "content": _sound(message["content"])} for message in messages]
+
+
+def _sound(text: str) -> str:
+    """The text, if it is one: tokenizers take no lone surrogates, and say something else."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"a prompt must be text that UTF-8 can hold, got {text[error.start]!r} at character "
+            f"{error.start}, half of a character or a byte that was not UTF-8. Leave it out"
+        ) from None
+    return text
 
 
 def last_user_message(prompt: Prompt) -> str:
@@ -106,18 +118,19 @@ def last_user_message(prompt: Prompt) -> str:
 def prompt_ids(tokenizer: Any, prompt: Prompt, chat: str = "auto") -> list[int]:
     """The ids of one prompt; a template puts its own first token, so none is added twice."""
     messages = messages_of(prompt)
+    # verbose=False: what fits is checked here, against the model's own context.
     if not uses_template(tokenizer, chat):
         if not isinstance(prompt, str):
             raise ValueError(
                 "a chat needs a tokenizer with a chat template and chat='auto' or 'on'; give this "
                 "model a str"
             )
-        # verbose=False: what fits is checked here, against the model's own context.
         return list(tokenizer(prompt, verbose=False)["input_ids"])
     try:
         made = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True,
+            tokenizer_kwargs={"verbose": False},
+        )  # fmt: skip
     except Exception as error:  # what a template raises is jinja2's, and jinja2 is not ours
         if type(error).__module__.partition(".")[0] != "jinja2":
             raise

@@ -190,6 +190,15 @@ def test_generate_says_which_request_failed(capsys: pytest.CaptureFixture[str], 
     assert call(capsys, *words, "--rows", "1") == (code, out, err)
 
 
+def test_a_byte_that_is_no_text_fails_alone(capsys: pytest.CaptureFixture[str], small: Any) -> None:
+    """The shell's words come with lone surrogates in their place; output cannot hold these."""
+    words = ["--prompt", "1+1\udcff=", "--prompt", "1+1=", "--max-new-tokens", "2"]
+    assert main(["generate", "small", *words]) == 1
+    first, _, second = capsys.readouterr().out.encode("utf-8").partition(b"\n\n")
+    assert first.startswith(b"[base] 1+1\\udcff=\nerror: a prompt must be text that UTF-8 can hold")
+    assert second.startswith(b"[base] 1+1=\n") and b"error" not in second
+
+
 def test_what_decompose_did(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Weights that an earlier run made are not counted as work."""
     store = tmp_path / "store"

@@ -11,7 +11,7 @@ import torch
 import t2kernels as t2k
 from t2runtime import tasks
 from t2runtime.adapt.mixtures import TaskMixture, hashes, save_mixture
-from t2runtime.adapt.prompt import SMALL, Categories, classify
+from t2runtime.adapt.prompt import SMALL, Categories, classify, question_ids
 from t2runtime.engine import Transformer2
 from t2runtime.generation import complete, forward_parameters
 from t2runtime.loading import load
@@ -143,6 +143,28 @@ def test_a_bad_request_fails_alone(t2: Transformer2) -> None:
                         max_new_tokens=2)  # fmt: skip
     assert [bool(output.error) for output in given] == [False, True, True, True]
     assert "finite" in str(given[1].error) and "'adr'" in str(given[2].error)
+
+
+def test_what_is_too_long_is_said_with_what_helps(t2: Transformer2, small: Any) -> None:
+    for most, said in (
+        (None, "65 tokens and at least one new one is needed, the model's context holds 64. "
+               "Shorten the prompt"),
+        (3, "65 tokens and 3 new ones are asked for (max_new_tokens), the model's context holds "
+            "64. Shorten the prompt"),
+    ):  # fmt: skip
+        (output,) = t2.generate(["1" * 64], None, max_new_tokens=most)
+        assert output.error == f"the prompt has {said}"
+    (output,) = t2.generate(["1" * 60], None, max_new_tokens=9)
+    assert str(output.error).endswith("Shorten the prompt or lower max_new_tokens")
+    (output,) = t2.generate(["1" * 57], max_new_tokens=2)
+    assert "holds 64. Shorten the question, or name an expert" in str(output.error)
+
+    model, tokenizer = small
+    names = tuple(f"skill{i}" for i in range(9))
+    for descriptions, words in (({}, ": give"), ({"skill1": "x"}, "in fewer words, give")):
+        many = Categories(names, descriptions=descriptions)
+        with pytest.raises(ValueError, match=f"not the question's.*{words} the 9 categories"):
+            question_ids(model, tokenizer, many, "1+1=")
 
 
 def test_a_whole_batch_of_bad_requests(t2: Transformer2) -> None:

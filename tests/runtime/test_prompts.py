@@ -1,4 +1,5 @@
 import copy
+import logging
 from typing import Any
 
 import pytest
@@ -38,6 +39,35 @@ def test_a_chat_template_is_used_where_there_is_one(tokenizer: Any) -> None:
     assert prompt_ids(tokenizer, "1+1=") == plain == prompt_ids(templated, "1+1=", "off")
     assert prompt_ids(templated, "1+1=") == [*plain, question], "one <s>, from the template"
     assert prompt_ids(templated, "1+1=", "on") == [*plain, question]
+
+
+@pytest.mark.parametrize("templated", [False, True])
+def test_long_prompts_are_checked_here_only(tokenizer: Any, templated: bool) -> None:
+    """Against the model's context; transformers would warn by the tokenizer's own number."""
+    other = with_template(tokenizer) if templated else copy.deepcopy(tokenizer)
+    other.model_max_length = 4
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("transformers")
+    log.addHandler(handler)
+    try:
+        assert len(prompt_ids(other, "1+1=" * 5)) > 20 and not said
+        other("1+1=" * 5)
+        assert said, "it does warn where it is let"
+    finally:
+        log.removeHandler(handler)
+
+
+def test_text_that_is_none(tokenizer: Any) -> None:
+    for other in (tokenizer, with_template(tokenizer)):
+        with pytest.raises(ValueError, match=r"UTF-8 can hold, got '\\udcff' at character 3"):
+            prompt_ids(other, "1+1\udcff=")
+    turns = [{"role": "system", "content": "\ud800"}, {"role": "user", "content": "1+1="}]
+    with pytest.raises(ValueError, match="UTF-8 can hold"):
+        prompt_ids(with_template(tokenizer), turns)
+    assert prompt_ids(tokenizer, "\U0001f600") == prompt_ids(tokenizer, "\ud83d\ude00".encode(
+        "utf-16", "surrogatepass").decode("utf-16"))  # fmt: skip
 
 
 def test_a_template_that_is_missing(tokenizer: Any) -> None:

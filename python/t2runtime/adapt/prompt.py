@@ -197,14 +197,23 @@ def question_ids(
 
     Raises ValueError where it does not fit into the context together with `reply` more tokens.
     """
-    text = categories.prompt(last_user_message(prompt))
-    ids = prompt_ids(tokenizer, text, categories.chat or chat)
-    context = context_length(model)
+
+    def ids_of(question: str) -> list[int]:
+        return prompt_ids(tokenizer, categories.prompt(question), categories.chat or chat)
+
+    ids, context = ids_of(last_user_message(prompt)), context_length(model)
     if context is not None and len(ids) + reply > context:
+        around = len(ids_of(""))
+        advice = "Shorten the question"
+        if around + reply >= context:
+            fewer = "describe the experts in fewer words, " if categories.descriptions else ""
+            advice = (
+                f"{around} of them are not the question's: {fewer}give the {len(categories.names)} "
+                "categories shorter names or ask for fewer"
+            )
         raise ValueError(
             f"the prompt of pass 1 has {len(ids)} tokens and a category's name up to {reply}, the "
-            f"model's context holds {context}. Shorten the question, describe the experts in fewer "
-            "words, or name an expert as the strategy"
+            f"model's context holds {context}. {advice}, or name an expert as the strategy"
         )
     return ids
 

@@ -121,7 +121,8 @@ def who(row: dict[str, Any]) -> str:
 def show(result: dict[str, Any]) -> str:
     """One block per prompt."""
     return "\n\n".join(
-        f"[{who(row)}] {row['prompt']}\n"
+        # As the shell gave it: what is no text in it cannot be printed, and is the row's error.
+        f"[{who(row)}] {row['prompt'].encode('utf-8', 'backslashreplace').decode()}\n"
         + (f"error: {row['error']}" if row["error"] else row["text"])
         for row in result["outputs"]
     )
