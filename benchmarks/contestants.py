@@ -296,15 +296,16 @@ class LineUp:
     def _cuda_forms(self) -> Iterator[Contestant | Skipped]:
         f = self._factors(0)
         for form in cuda_forms.FORMS:
-            name = f"ours cuda {form}"
             reason = self._unavailable("cuda")
             if reason is None and form != "fma":
                 reason = cuda_forms.unfit(self.x, f.U, f.V)
             if reason is not None:
-                yield Skipped(name, reason)
+                yield Skipped(f"ours cuda {form}", reason)
                 continue
-            for slots in (SLOTS[0], SLOTS[-1]):
-                yield self._svf(name, slots, partial(cuda_form, form), alone=True)
+            yield self._svf(f"ours cuda {form}", SLOTS[-1], partial(cuda_form, form), alone=True)
+            for tile in ("auto",) if form == "fma" else cuda_forms.tiles(self.T):
+                context = partial(cuda_form, form, tile)
+                yield self._svf(f"ours cuda {form} {tile}", 1, context, alone=True)
 
     def _svf(
         self,
@@ -344,9 +345,9 @@ class LineUp:
 
 
 @contextmanager
-def cuda_form(form: str) -> Iterator[None]:
+def cuda_form(form: str, tile: str = "auto") -> Iterator[None]:
     """Inside, the CUDA backend in this form or an error."""
-    with t2k.backend("cuda"), cuda_forms.form(form):
+    with t2k.backend("cuda"), cuda_forms.form(form, tile):
         yield
 
 

@@ -24,7 +24,7 @@ PREFIX = "ours cuda "
 
 
 def times(rows: list[Row]) -> dict[tuple[str, str, int], dict[str, Row]]:
-    """Rows of the named forms with one diagonal, by (dtype, shape, tokens) and form."""
+    """Rows with one diagonal, by (dtype, shape, tokens) and "form tile"."""
     found: dict[tuple[str, str, int], dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if row["name"].startswith(PREFIX) and row["slots"] == 1 and "time_us" in row:
@@ -57,7 +57,8 @@ def winners(found: dict[tuple[str, str, int], dict[str, Row]]) -> dict[tuple[int
 
 
 def rules(chosen: dict[tuple[int, int], str]) -> list[tuple[int, float, str]]:
-    """(tokens, elements, form), the first that holds decides; sizes beyond count as the largest."""
+    """(tokens, elements, "form tile"), the first that holds decides; what is larger than any size
+    measured counts as the largest."""
     out: list[tuple[int, float, str]] = []
     sizes = sorted({size for size, _ in chosen})
     for size in sizes:
@@ -88,7 +89,8 @@ def render(found: dict[tuple[str, str, int], dict[str, Row]]) -> str:
     lines.append("RULES = (")
     for tokens, limit, form in rules(winners(found)):
         size = 'float("inf")' if limit == float("inf") else f"{limit:.0f}"
-        lines.append(f'    Rule({tokens}, {size}, "{form}"),')
+        name, tile = form.split()
+        lines.append(f'    Rule({tokens}, {size}, "{name}", "{tile}"),')
     return "\n".join([*lines, ")"])
 
 

@@ -73,7 +73,7 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_svf_decode", &svf_decode, Unlocked(), arg("x"), arg("x_stride"), arg("U"), arg("V"), arg("d"),
         arg("d_stride"), arg("slots"), arg("slot"), arg("base"), arg("bias"), arg("scale"), arg("y"), arg("h"),
         arg("work"), arg("barrier"), arg("T"), arg("n"), arg("r"), arg("m"), arg("x_dtype"), arg("w_dtype"),
-        arg("form"), arg("device"), arg("stream"));
+        arg("form"), arg("tile"), arg("device"), arg("stream"));
 }
 #endif
 

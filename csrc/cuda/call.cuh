@@ -18,7 +18,7 @@ struct DecodeCall {
   void *y, *h, *work;
   std::uint32_t* barrier;
   std::int64_t x_stride, d_stride, slots, T, n, r, m;
-  int form;
+  int form, tile;
   int device;
   cudaStream_t stream;
 };

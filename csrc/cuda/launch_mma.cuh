@@ -23,14 +23,6 @@ inline Machine machine_of(int device) {
               attribute_of(cudaDevAttrComputeCapabilityMinor, device)};
 }
 
-// 64-byte rows where 128 would leave too few stages: with int8 weights the activations take most of a stage.
-template <typename Weight>
-using FewTokens = Tile<16, 8, 128>;
-template <typename Weight>
-using SomeTokens = Tile<32, 32, sizeof(Weight) == 1 ? 64 : 128>;
-template <typename Weight>
-using ManyTokens = Tile<48, 64, 64>;
-
 template <typename Tile, typename Element, typename Weight>
 struct MmaTile {
   static constexpr int STAGE_BYTES = SLICES * Stage<Tile, Element, Weight>::BYTES;
@@ -98,13 +90,27 @@ struct MmaTile {
   }
 };
 
-// use(MmaTile) with the tile for so many tokens. It changes the speed, never a bit.
+// use(MmaTile) with the tile that the call names, or else with one for so many tokens.
 template <typename Element, typename Weight, typename Use>
 void with_tile(const DecodeCall& c, const Machine& machine, Use use) {
-  using Many = MmaTile<ManyTokens<Weight>, Element, Weight>;
-  if (c.T <= FewTokens<Weight>::TOKENS) return use(MmaTile<FewTokens<Weight>, Element, Weight>{});
-  if (c.T > SomeTokens<Weight>::TOKENS && Many::fits(c, machine)) return use(Many{});
-  use(MmaTile<SomeTokens<Weight>, Element, Weight>{});
+  // 64-byte rows where 128 would leave too few stages: with 8-bit weights the activations take most of a stage.
+  constexpr int BYTES = sizeof(Weight) == 1 ? 64 : 128;
+  using Few = MmaTile<Tile<16, 8, 128>, Element, Weight>;
+  using Some = MmaTile<Tile<32, 32, BYTES>, Element, Weight>;
+  using Many = MmaTile<Tile<48, 64, 64>, Element, Weight>;
+  switch (c.tile) {
+    case k16x8: return use(Few{});
+    case k32x8: return use(MmaTile<Tile<32, 8, 128>, Element, Weight>{});
+    case k64x8: return use(MmaTile<Tile<64, 8, 128>, Element, Weight>{});
+    case k32x32: return use(Some{});
+    case k64x32: return use(MmaTile<Tile<64, 32, BYTES>, Element, Weight>{});
+    case k32x64: return use(MmaTile<Tile<32, 64, 64>, Element, Weight>{});
+    case k48x64: return use(Many{});
+    default: break;
+  }
+  if (c.T <= Few::TOKENS) return use(Few{});
+  if (c.T > Some::TOKENS && Many::fits(c, machine)) return use(Many{});
+  use(Some{});
 }
 
 template <typename Element, typename Weight>

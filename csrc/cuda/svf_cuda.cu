@@ -65,10 +65,11 @@ std::string runtime_version() {
 void svf_decode(Address x, std::int64_t x_stride, Address U, Address V, Address d, std::int64_t d_stride,
                 std::int64_t slots, Address slot, Address base, Address bias, Address scale, Address y, Address h,
                 Address work, Address barrier, std::int64_t T, std::int64_t n, std::int64_t r, std::int64_t m,
-                int x_dtype, int w_dtype, int form, int device, Address stream) {
+                int x_dtype, int w_dtype, int form, int tile, int device, Address stream) {
   require(T >= 0 && n > 0 && r > 0 && m > 0, "expected T >= 0 and n, r, m > 0");
   require_types(x_dtype, w_dtype);
   require(form >= kFma && form <= kMmaCooperative, "form must be one of 0, 1, 2 and 3");
+  require(tile >= kByTokens && tile < kTileCodes, "tile must be one of 0 to 7");
   if (T == 0) return;
   require(x && U && V && y && work && d, "x, U, V, d, y and work must be given");
   require(form != kMmaCooperative || barrier, "the cooperative form needs barrier");
@@ -80,7 +81,7 @@ void svf_decode(Address x, std::int64_t x_stride, Address U, Address V, Address 
   c.barrier = pointer<std::uint32_t>(barrier);
   c.x_stride = x_stride, c.d_stride = d_stride, c.slots = slots;
   c.T = T, c.n = n, c.r = r, c.m = m;
-  c.form = form, c.device = device;
+  c.form = form, c.tile = tile, c.device = device;
   c.stream = pointer<std::remove_pointer_t<cudaStream_t>>(stream);
   if (form != kFma) require_tensor_core_fit(c, x_dtype, w_dtype);
   const DeviceGuard guard(device);

@@ -27,6 +27,10 @@ enum DType : int { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3, kF8 = 4 };  // kF8: e
 // x with 8-bit factors; n and r multiples of 8 (16 with 8 bits); x, its row stride, U, V and work on 16 bytes.
 enum Form : int { kFma = 0, kMma = 1, kMmaPdl = 2, kMmaCooperative = 3 };
 
+// How much one block of a tensor-core form computes at a time, rows of the factor x tokens. kByTokens lets T decide.
+// The tile changes the speed, never a bit.
+enum TileCode : int { kByTokens = 0, k16x8, k32x8, k64x8, k32x32, k64x32, k32x64, k48x64, kTileCodes };
+
 // CUDA runtime linked into this module, e.g. "13.0".
 std::string runtime_version();
 
@@ -45,6 +49,6 @@ std::string runtime_version();
 void svf_decode(Address x, std::int64_t x_stride, Address U, Address V, Address d, std::int64_t d_stride,
                 std::int64_t slots, Address slot, Address base, Address bias, Address scale, Address y, Address h,
                 Address work, Address barrier, std::int64_t T, std::int64_t n, std::int64_t r, std::int64_t m,
-                int x_dtype, int w_dtype, int form, int device, Address stream);
+                int x_dtype, int w_dtype, int form, int tile, int device, Address stream);
 
 }  // namespace t2::cuda

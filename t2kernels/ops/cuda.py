@@ -115,7 +115,7 @@ def forward(
     """See ``reference.forward``. Enqueued on torch's current stream; may be captured in a graph."""
     if _native is None:
         raise RuntimeError(f"backend 'cuda': {_missing}")
-    form = cuda_forms.choose(x, U, V, batch_invariant)
+    form, tile = cuda_forms.choose(x, U, V, batch_invariant)
     index, stream = _index(x), _stream(x)
     if form != "fma":
         x = _on_16_bytes(x)
@@ -134,7 +134,8 @@ def forward(
         d.data_ptr(), d.stride(0) if slot is not None else 0, d.shape[0],
         _address(slot), base.data_ptr(), _address(bias), _address(scale),
         y.data_ptr(), _address(h), work.data_ptr(), barrier,
-        T, n, r, m, _CODES[x.dtype], _CODES[U.dtype], cuda_forms.CODES[form], index, stream,
+        T, n, r, m, _CODES[x.dtype], _CODES[U.dtype], cuda_forms.CODES[form],
+        cuda_forms.TILE_CODES[tile], index, stream,
     )
     # fmt: on
     return y, h

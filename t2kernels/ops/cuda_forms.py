@@ -25,6 +25,15 @@ from ..quantized import is_eight_bit
 CODES = {"fma": 0, "mma": 1, "mma-pdl": 2, "mma-coop": 3}
 FORMS = tuple(CODES)
 
+# How much a block of a tensor-core form computes at a time: rows of the factor x tokens. "auto"
+# goes by the number of tokens. The tile changes the speed, never a bit.
+TILE_CODES = {"auto": 0} | {
+    name: code
+    for code, name in enumerate(
+        ("16x8", "32x8", "64x8", "32x32", "64x32", "32x64", "48x64"), start=1
+    )
+}
+
 # Above this the factors are read from L2 so often that library matrix products win.
 MAX_TOKENS = 128
 # The tensor-core kernel counts rows and columns in 32 bits.
@@ -32,30 +41,47 @@ _MAX_SIZE = 1 << 30
 
 
 class Rule(NamedTuple):
-    """``form`` for at most so many tokens and elements of U and V together."""
+    """``form`` and ``tile`` for at most so many tokens and elements of U and V together."""
 
     tokens: int
     elements: float
     form: str
+    tile: str = "auto"
+
+
+class Form(NamedTuple):
+    """What a call takes."""
+
+    name: str
+    tile: str = "auto"
 
 
 # The first rule that holds decides. None of the forms has been measured on a GPU, so the plainest
-# one does everything. benchmarks/bench_svf.py times them all, as "ours cuda <form>".
+# one does everything. benchmarks/bench_svf.py --forms times them all.
 RULES: tuple[Rule, ...] = (Rule(MAX_TOKENS, float("inf"), "fma"),)
 
 
 class _Switch:
     """Of the process, like the backend's (dispatch.py)."""
 
-    form: str | None = None
+    form: Form | None = None
+
+
+def tiles(tokens: int) -> tuple[str, ...]:
+    """The tiles made for so many tokens: those with the fewest columns that hold them."""
+    columns = {name: int(name.split("x")[1]) for name in TILE_CODES if name != "auto"}
+    fit = min((c for c in columns.values() if c >= tokens), default=max(columns.values()))
+    return tuple(name for name, c in columns.items() if c == fit)
 
 
 @contextmanager
-def form(name: str) -> Iterator[None]:
-    """Inside, the CUDA backend takes this form or raises."""
+def form(name: str, tile: str = "auto") -> Iterator[None]:
+    """Inside, the CUDA backend takes this form, with this tile, or raises."""
     if name not in CODES:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {name!r}.")
-    before, _Switch.form = _Switch.form, name
+    if tile not in TILE_CODES:
+        raise ValueError(f"tile must be one of {', '.join(TILE_CODES)}, got {tile!r}.")
+    before, _Switch.form = _Switch.form, Form(name, tile)
     try:
         yield
     finally:
@@ -81,25 +107,27 @@ def unfit(x: Tensor, U: Tensor, V: Tensor) -> str | None:
     return None
 
 
-def choose(x: Tensor, U: Tensor, V: Tensor, batch_invariant: bool) -> str:
+def choose(x: Tensor, U: Tensor, V: Tensor, batch_invariant: bool) -> Form:
     """The form of this call. One that was asked for and cannot run the call is an error.
 
     In batch-invariant mode the number of tokens has no say: forms may differ in their bits.
     """
     reason = unfit(x, U, V)
     if _Switch.form is not None:
-        if _Switch.form != "fma" and reason is not None:
+        if _Switch.form.name != "fma" and reason is not None:
             raise RuntimeError(
-                f"form {_Switch.form!r} of backend 'cuda' was asked for and cannot run this call: "
-                f"{reason}. Leave the form to the policy."
+                f"form {_Switch.form.name!r} of backend 'cuda' was asked for and cannot run this "
+                f"call: {reason}. Leave the form to the policy."
             )
         return _Switch.form
     if reason is not None:
-        return "fma"
+        return Form("fma")
     tokens = MAX_TOKENS if batch_invariant else x.shape[0]
     elements = U.numel() + V.numel()
-    fitting = (r.form for r in RULES if tokens <= r.tokens and elements <= r.elements)
-    return next(fitting, "fma")
+    for rule in RULES:
+        if tokens <= rule.tokens and elements <= rule.elements:
+            return Form(rule.form, rule.tile)
+    return Form("fma")
 
 
 class Barriers:

@@ -15,10 +15,12 @@ from shapes import Case, Shape
 
 from t2kernels.ops import cuda_forms
 
+TILE = {"fma": "auto", "mma": "32x8"}
+
 
 def row(form: str, shape: str, tokens: int, time: float, dtype: str = "bf16", slots: int = 1):
     return {
-        "name": f"ours cuda {form}", "slots": slots, "dtype": dtype, "shape": shape,
+        "name": f"ours cuda {form} {TILE[form]}", "slots": slots, "dtype": dtype, "shape": shape,
         "tokens": tokens, "time_us": time, "percent_of_floor": 50.0, "ratio_dense": 1.5,
     }  # fmt: skip
 
@@ -38,18 +40,22 @@ ROWS = [
 
 def test_rules_name_the_fastest_and_hold_in_order() -> None:
     found = forms.rules(forms.winners(forms.times(ROWS)))
-    assert found == [(1, 8192.0, "fma"), (32, 8192.0, "mma"), (1, float("inf"), "mma")]
+    assert found == [
+        (1, 8192.0, "fma auto"),
+        (32, 8192.0, "mma 32x8"),
+        (1, float("inf"), "mma 32x8"),
+    ]
     text = forms.render(forms.times(ROWS))
-    assert "fma* 1.0  mma 2.0  [50 %, –, 1.50]" in text
+    assert "fma auto* 1.0  mma 32x8 2.0  [50 %, –, 1.50]" in text
     # What is printed is what the table takes.
     printed = eval(text[text.index("RULES = (") + 8 :], {"Rule": cuda_forms.Rule})
-    assert [tuple(rule) for rule in printed] == found
+    assert [(r.tokens, r.elements, f"{r.form} {r.tile}") for r in printed] == found
 
 
 def test_a_form_that_lacks_a_dtype_is_no_rule() -> None:
     rows = [row("fma", "64x64", 1, 9.0), row("fma", "64x64", 1, 9.0, "fp16")]
     rows.append(row("mma", "64x64", 1, 1.0))
-    assert forms.winners(forms.times(rows)) == {(8192, 1): "fma"}
+    assert forms.winners(forms.times(rows)) == {(8192, 1): "fma auto"}
 
 
 def run(file: Path, rows: list[dict[str, object]]) -> str:
@@ -60,7 +66,7 @@ def run(file: Path, rows: list[dict[str, object]]) -> str:
 
 def test_the_script_reads_what_the_benchmark_writes(tmp_path: Path) -> None:
     assert "no form of the CUDA kernels was measured" in run(tmp_path / "none.json", [])
-    assert 'Rule(1, float("inf"), "mma")' in run(tmp_path / "some.json", ROWS)
+    assert 'Rule(1, float("inf"), "mma", "32x8")' in run(tmp_path / "some.json", ROWS)
 
 
 def test_every_form_is_a_contestant_with_its_reason_where_there_is_no_gpu() -> None:

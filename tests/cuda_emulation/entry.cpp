@@ -38,11 +38,11 @@ void barrier_kernel(std::uint32_t* counters, int come, int* before, int* after) 
 extern "C" int emulated_svf_decode(Address x, I64 x_stride, Address U, Address V, Address d, I64 d_stride, I64 slots,
                                    Address slot, Address base, Address bias, Address scale, Address y, Address h,
                                    Address work, Address barrier, I64 T, I64 n, I64 r, I64 m, I64 x_dtype, I64 w_dtype,
-                                   I64 form, I64 device, Address stream, char* error_text, I64 error_size) {
+                                   I64 form, I64 tile, I64 device, Address stream, char* error_text, I64 error_size) {
   return guarded(error_text, error_size, [&] {
     t2::cuda::svf_decode(x, x_stride, U, V, d, d_stride, slots, slot, base, bias, scale, y, h, work, barrier, T, n, r,
                          m, static_cast<int>(x_dtype), static_cast<int>(w_dtype), static_cast<int>(form),
-                         static_cast<int>(device), stream);
+                         static_cast<int>(tile), static_cast<int>(device), stream);
   });
 }
 

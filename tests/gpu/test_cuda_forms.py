@@ -58,9 +58,11 @@ def make(T: int, n: int, m: int, r: int, *, int8: bool = False, **more) -> Input
     return testing.make_inputs(T, n, m, r, device=DEVICE, **more)
 
 
-def run(inputs: Inputs, form: str, *, save_h: bool = False) -> tuple[Tensor, Tensor | None]:
+def run(
+    inputs: Inputs, form: str, tile: str = "auto", *, save_h: bool = False
+) -> tuple[Tensor, Tensor | None]:
     assert cuda.unavailable(*inputs.args()) is None
-    with testing.poisoned_empty(), cuda_forms.form(form):
+    with testing.poisoned_empty(), cuda_forms.form(form, tile):
         return cuda.forward(*inputs.args(), save_h=save_h)
 
 
@@ -112,6 +114,8 @@ def test_no_form_or_tile_changes_a_bit(dtype, factors: str | None) -> None:
         for tokens in BUCKETS:
             part = replace(inputs, x=inputs.x[:tokens], slot=inputs.slot[:tokens])
             assert torch.equal(run(part, form)[0], whole[:tokens]), (form, tokens)
+        for tile in cuda_forms.TILE_CODES:
+            assert torch.equal(run(inputs, form, tile)[0], whole), (form, tile)
     order = torch.randperm(128, device=DEVICE)
     mixed = replace(inputs, x=inputs.x[order], slot=inputs.slot[order])
     assert torch.equal(run(mixed, "mma")[0], whole[order]), "neighbours"

@@ -51,7 +51,7 @@ class Emulation:
         self.objects, path = objects, folder / "libemulated.so"
         subprocess.run([str(COMPILER), "-shared", *map(str, objects), "-o", str(path)], check=True)
         self.library = ctypes.CDLL(str(path))
-        self.library.emulated_svf_decode.argtypes = [ctypes.c_int64] * 24 + [
+        self.library.emulated_svf_decode.argtypes = [ctypes.c_int64] * 25 + [
             ctypes.c_char_p, ctypes.c_int64,
         ]  # fmt: skip
         self.library.emulator_set_clock_step.argtypes = [ctypes.c_longlong]
@@ -90,17 +90,17 @@ class Emulation:
         return tuple(self.library.emulator_take_launches(kind) for kind in range(3))  # type: ignore[return-value]
 
     def run(
-        self, inputs: Inputs, *, form: str = "fma", save_h: bool = False
+        self, inputs: Inputs, *, form: str = "fma", tile: str = "auto", save_h: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """One call of the backend, outputs and workspaces poisoned."""
         assert unfit(*inputs.args(), kinds=cuda.KINDS) is None
         assert cuda._too_many(inputs.x.shape[0]) is None
-        with testing.poisoned_empty(), cuda_forms.form(form):
+        with testing.poisoned_empty(), cuda_forms.form(form, tile):
             return cuda.forward(*inputs.args(), save_h=save_h)
 
-    def check(self, inputs: Inputs, *, form: str = "fma") -> None:
+    def check(self, inputs: Inputs, *, form: str = "fma", tile: str = "auto") -> None:
         """y and h against the fp64 truth."""
-        y, h = self.run(inputs, form=form, save_h=True)
+        y, h = self.run(inputs, form=form, tile=tile, save_h=True)
         wide = inputs.double()
         truth, h_truth = reference.forward(*wide.args(), save_h=True)
         testing.assert_accurate(y, truth, testing.plain_forward(inputs), "y")

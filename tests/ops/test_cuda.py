@@ -65,6 +65,9 @@ def test_backward_is_torchs() -> None:
     assert cuda.backward is torch_backend.backward
 
 
+FMA = cuda_forms.Form("fma")
+
+
 def in_bf16(*sizes: int, **more: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     inputs = testing.make_inputs(*sizes, dtype=torch.bfloat16, **more)
     return inputs.x, inputs.U, inputs.V
@@ -72,30 +75,43 @@ def in_bf16(*sizes: int, **more: bool) -> tuple[torch.Tensor, torch.Tensor, torc
 
 def test_unmeasured_forms_are_asked_for_by_name() -> None:
     x, U, V = in_bf16(4, 64, 40, 32)
-    assert cuda_forms.choose(x, U, V, False) == "fma"
+    assert cuda_forms.choose(x, U, V, False) == FMA
     for name in cuda_forms.FORMS:
         with cuda_forms.form(name):
-            assert cuda_forms.choose(x, U, V, True) == name
-    assert cuda_forms.choose(x, U, V, False) == "fma"
+            assert cuda_forms.choose(x, U, V, True) == (name, "auto")
+    assert cuda_forms.choose(x, U, V, False) == FMA
     words = "form must be one of fma, mma, mma-pdl, mma-coop"
     with pytest.raises(ValueError, match=words), cuda_forms.form("wgmma"):
+        pass
+
+
+def test_tiles() -> None:
+    assert cuda_forms.tiles(1) == cuda_forms.tiles(8) == ("16x8", "32x8", "64x8")
+    assert cuda_forms.tiles(9) == cuda_forms.tiles(32) == ("32x32", "64x32")
+    assert cuda_forms.tiles(33) == cuda_forms.tiles(128) == ("32x64", "48x64")
+    with cuda_forms.form("mma", "64x8"):
+        assert cuda_forms.choose(*in_bf16(99, 64, 40, 32), True) == ("mma", "64x8")
+    with (
+        pytest.raises(ValueError, match="tile must be one of auto, 16x8"),
+        cuda_forms.form("mma", "8x8"),
+    ):
         pass
 
 
 def test_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first that holds; no tokens in batch-invariant mode; plain where nothing else fits."""
     rules = (
-        cuda_forms.Rule(8, 5000, "mma-coop"),
+        cuda_forms.Rule(8, 5000, "mma-coop", "32x8"),
         cuda_forms.Rule(8, 1e9, "mma-pdl"),
         cuda_forms.Rule(128, 1e9, "mma"),
     )
     monkeypatch.setattr(cuda_forms, "RULES", rules)
     small, large, many = in_bf16(8, 64, 40, 32), in_bf16(8, 64, 400, 32), in_bf16(9, 64, 40, 32)
-    assert cuda_forms.choose(*small, False) == "mma-coop"
-    assert cuda_forms.choose(*large, False) == "mma-pdl"
-    assert cuda_forms.choose(*many, False) == "mma"
-    assert cuda_forms.choose(*small, True) == cuda_forms.choose(*many, True) == "mma"
-    assert cuda_forms.choose(*in_bf16(8, 63, 40, 32), False) == "fma"
+    assert cuda_forms.choose(*small, False) == ("mma-coop", "32x8")
+    assert cuda_forms.choose(*large, False) == ("mma-pdl", "auto")
+    assert cuda_forms.choose(*many, False) == ("mma", "auto")
+    assert cuda_forms.choose(*small, True) == cuda_forms.choose(*many, True) == ("mma", "auto")
+    assert cuda_forms.choose(*in_bf16(8, 63, 40, 32), False) == FMA
 
 
 NO_MMA = {
@@ -113,7 +129,7 @@ def test_what_the_tensor_core_forms_cannot_run(words: str) -> None:
     inputs = NO_MMA[words]
     with cuda_forms.form("mma"), pytest.raises(RuntimeError, match=words):
         cuda_forms.choose(inputs.x, inputs.U, inputs.V, False)
-    assert cuda_forms.choose(inputs.x, inputs.U, inputs.V, False) == "fma"
+    assert cuda_forms.choose(inputs.x, inputs.U, inputs.V, False) == FMA
 
 
 def test_factors_off_16_bytes() -> None:

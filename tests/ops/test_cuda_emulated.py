@@ -109,8 +109,8 @@ def test_reads_nothing_behind_the_end(emulated, shape, factors: str | None) -> N
 
 
 def test_wrong_codes_are_errors(emulated) -> None:
-    def decode(n: int, x_dtype: int, w_dtype: int, form: int = 0) -> None:
-        emulated.decode(*([8] * 15), 1, n, 1, 1, x_dtype, w_dtype, form, 0, 0)
+    def decode(n: int, x_dtype: int, w_dtype: int, form: int = 0, tile: int = 0) -> None:
+        emulated.decode(*([8] * 15), 1, n, 1, 1, x_dtype, w_dtype, form, tile, 0, 0)
 
     with pytest.raises(RuntimeError, match="x_dtype must be fp32"):
         decode(1, 3, 3)
@@ -120,3 +120,5 @@ def test_wrong_codes_are_errors(emulated) -> None:
         decode(0, 0, 0)
     with pytest.raises(RuntimeError, match="form must be one of"):
         decode(1, 0, 0, 4)
+    with pytest.raises(RuntimeError, match="tile must be one of"):
+        decode(1, 0, 0, 1, 8)

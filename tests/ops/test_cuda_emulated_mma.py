@@ -85,6 +85,26 @@ def test_no_tile_form_order_or_machine_changes_a_bit(emulated, dtype, factors: s
                 assert torch.equal(y, whole[chosen]), (order, late, machine, form)
 
 
+@kinds
+@pytest.mark.parametrize("tile", list(cuda_forms.TILE_CODES)[1:])
+def test_every_tile_by_name(emulated, tile: str, dtype, factors: str | None) -> None:
+    """More items than blocks, tails of rows and tokens, rings that go round."""
+    inputs = make(70, 1104, 150, 80, dtype=dtype, factors=factors)
+    emulated.settings(order=len(tile), late=True)
+    emulated.check(inputs, form="mma-coop", tile=tile)
+    expected, _ = emulated.run(inputs, form="mma")
+    for order, late, form in ((0, False, "mma-pdl"), (3, True, "mma-coop")):
+        emulated.settings(order=order, late=late)
+        assert torch.equal(emulated.run(inputs, form=form, tile=tile)[0], expected)
+
+
+def test_a_tile_too_large_for_the_machine(emulated) -> None:
+    emulated.settings(machine="sm_89")
+    with pytest.raises(RuntimeError, match="too little shared memory"):
+        emulated.run(make(4, 64, 64, 64), form="mma", tile="64x32")
+    emulated.check(make(4, 64, 64, 64), form="mma", tile="64x8")
+
+
 def test_neighbours_do_not_change_bits(emulated) -> None:
     """Not even a NaN next door."""
     inputs = make(20, 64, 40, 64)
@@ -202,7 +222,7 @@ def test_what_does_not_fit_is_an_error(emulated) -> None:
         c = {**right, **changes}
         pointers = [c["x"], c["stride"], 16, 16, 16, 0, 1, 0, 16, 0, 0, 16, 0, 16, 0]
         sizes = [2, c["n"], c["r"], c["m"]]
-        emulated.decode(*pointers, *sizes, c["x_dtype"], c["w_dtype"], c["form"], 0, 0)
+        emulated.decode(*pointers, *sizes, c["x_dtype"], c["w_dtype"], c["form"], 0, 0, 0)
 
     with pytest.raises(RuntimeError, match="needs bf16 or fp16 x"):
         decode(x_dtype=0, w_dtype=0)

@@ -109,11 +109,14 @@ def test_enough_is_on_its_way(emulated, name: str) -> None:
             for tokens in (8, 32, 64, 128):
                 v, u = launches(emulated, gpu, tokens, shape, eight_bit, COOPERATIVE)
                 factors = min(shape) * sum(shape) * (1 if eight_bit else 2)
+                # Of L2: the factor once for each tile of tokens, activations once for each of rows.
+                reads = -(-tokens // v.tokens) + tokens / v.rows * (2 if eight_bit else 1)
                 print(
                     f"  {'8-bit' if eight_bit else 'bf16':5} {shape[0]:>5} to {shape[1]:<5} "
                     f"T={tokens:<4}tile {v.rows}x{v.tokens:<3}{v.blocks:>4} blocks of {v.stages} "
                     f"stages, {v.shared_bytes / 1024:5.1f} KiB; {v.in_flight(v.items) / 1e6:4.1f} "
-                    f"MB of V, {u.in_flight(u.items) / 1e6:4.1f} of U on their way; floor "
+                    f"MB of V, {u.in_flight(u.items) / 1e6:4.1f} of U on their way; "
+                    f"L2 reads {reads:3.1f} x the factors; floor "
                     f"{factors / gpu.bandwidth * 1e6:5.1f} us"
                 )
                 least = min(p.in_flight(p.items) for p in (v, u))
