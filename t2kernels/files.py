@@ -113,7 +113,7 @@ def read_json(
     path = _existing(path, "JSON file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of 4,300 digits
         raise CorruptFileError(
             f"{path} is not valid JSON: {error}. It is truncated or damaged; make it again."
         ) from error

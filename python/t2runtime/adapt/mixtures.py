@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 import t2kernels as t2k
-from t2kernels.files import check_name, read_json, write_json
+from t2kernels.files import check_name
+from t2runtime.adapt.shots import marks_in
+from t2runtime.adapt.stored import mapping, read_stored, text, whole_number, write_stored
 
 KIND, VERSION = "mixture", 1
 _LARGEST = torch.finfo(torch.float32).max
@@ -38,6 +40,8 @@ class TaskMixture:
         budget: forwards of one sequence that the search used.
         score: what it reached on the shots: {"accuracy": ..., "log_likelihood": ...}.
         facts: anything else JSON can hold; "questions" are the marks of the shots.
+
+    Raises ValueError or TypeError for a value that is none of these.
     """
 
     task: str
@@ -51,10 +55,26 @@ class TaskMixture:
 
     def __post_init__(self) -> None:
         check_name(self.task, "task")
+        mapping(self.experts, "experts", "{expert: hash}")
         if not self.experts:
             raise ValueError("experts must name the experts of the search and their hashes")
-        if not isinstance(self.weights, Mapping):
-            raise TypeError(f"weights must be a mapping, got {type(self.weights).__name__}")
+        for name, mark in self.experts.items():
+            text(mark, f"the hash of expert {name!r:.80}")
+        self._check_weights()
+        text(self.method, "method")
+        whole_number(self.seed, "seed")
+        whole_number(self.budget, "budget")
+        if self.budget < 0:
+            raise ValueError(f"budget must be at least 0, got {self.budget}")
+        mapping(self.score, "score", "{name: number}")
+        for name, value in self.score.items():
+            if not is_weight(value):
+                raise ValueError(f"score[{name!r:.80}] must be a finite number, got {value!r:.80}")
+        mapping(self.facts, "facts", "{name: value}")
+        marks_in(self.facts)
+
+    def _check_weights(self) -> None:
+        mapping(self.weights, "weights", "{expert: weight} or {layer: {expert: weight}}")
         kinds = {isinstance(value, Mapping) for value in self.weights.values()}
         if len(kinds) > 1:
             raise TypeError(
@@ -70,7 +90,7 @@ class TaskMixture:
                 if not is_weight(weight):
                     raise ValueError(
                         f"weights{where}: the weight of {name!r} must be a finite number, got "
-                        f"{weight!r} (fp32 holds up to {_LARGEST:.1e})"
+                        f"{weight!r:.80} (fp32 holds up to {_LARGEST:.1e})"
                     )
 
     @property
@@ -82,12 +102,13 @@ class TaskMixture:
         """The marks of the shots (`shots.question_mark`), which no score may count; () where no
         search was made. ValueError where there was one and the marks are not known.
         """
-        if self.budget and "questions" not in self.facts:
+        marks = marks_in(self.facts)
+        if self.budget and marks is None:
             raise ValueError(
                 f"the mixture of task {self.task!r} does not say which questions were its shots, "
                 "so that they cannot be kept out of a score. Find it again with `t2 adapt`"
             )
-        return tuple(map(str, self.facts.get("questions", ())))
+        return marks or ()
 
     def rows(self) -> dict[str, Mapping[str, float]]:
         """The rows of weights, by what an error calls them."""
@@ -234,7 +255,7 @@ def save_mixture(path: str | Path, mixture: TaskMixture) -> Path:
     if path.suffix != ".json":
         path.mkdir(parents=True, exist_ok=True)
         path = mixture_path(path, mixture.task)
-    write_json(path, {"kind": KIND, "version": VERSION, **_plain(mixture)})
+    write_stored(path, KIND, VERSION, _plain(mixture))
     return path
 
 
@@ -242,7 +263,8 @@ def load_mixture(path: str | Path, task: str | None = None) -> TaskMixture:
     """The mixture in the file `path`, or, with `task`, in the folder `path` under that name.
 
     Raises FileNotFoundError (naming the tasks that are there), and CorruptFileError for a file
-    that is truncated, damaged or of another kind.
+    that is truncated, damaged or of another kind. One without a checksum, as written by hand, is
+    read, and the log warns; `save_mixture(path, load_mixture(path))` gives it one.
     """
     path = Path(path)
     if task is not None:
@@ -253,10 +275,13 @@ def load_mixture(path: str | Path, task: str | None = None) -> TaskMixture:
                 f"no mixture of task {task!r} in {folder}; it has {', '.join(there) or 'none'}. "
                 "Find one with `t2 adapt`."
             )
-    facts = read_json(path, kind=KIND, version=VERSION)
+    facts = read_stored(
+        path, KIND, VERSION, required=("task", "weights", "experts"),
+        optional=("method", "seed", "budget", "score", "facts"),
+    )  # fmt: skip
     try:
-        return TaskMixture(**{k: v for k, v in facts.items() if k not in ("kind", "version")})
-    except (TypeError, ValueError) as error:
+        return TaskMixture(**facts)
+    except (TypeError, ValueError, RecursionError) as error:
         raise t2k.CorruptFileError(f"{path} is not a whole mixture: {error}.") from error
 
 

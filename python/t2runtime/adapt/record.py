@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import t2kernels as t2k
-from t2kernels.files import read_json, write_json
 from t2runtime.adapt.mixtures import Hashes, check_experts, hashes
 from t2runtime.adapt.shots import marks_in, question_marks
+from t2runtime.adapt.stored import mapping, read_stored, text, whole_number, write_stored
 from t2runtime.evaluate import evaluate
 from t2runtime.tasks import Grader, Problem, Source
 
@@ -34,6 +34,8 @@ class Record:
     posterior after r of n right answers Beta(1 + r, 1 + n - r), with mean (1 + r) / (2 + n).
     experts: {name: hash}; the record is of no use for others. questions: the marks of the problems
     that it was measured on (`shots.question_mark`); None where they are not known.
+
+    Raises ValueError or TypeError for a value that is none of these.
     """
 
     experts: dict[str, str]
@@ -41,11 +43,23 @@ class Record:
     questions: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        mapping(self.experts, "experts", "{expert: hash}")
+        for name, mark in self.experts.items():
+            text(mark, f"the hash of expert {name!r:.80}")
         if BASE in self.experts:
             raise ValueError(f"an expert called {BASE!r} would be taken for the base; rename it")
+        mapping(self.counts, "counts", "{category: {expert: (right, tried)}}")
         for category, row in self.counts.items():
-            for name, (right, tried) in row.items():
-                self._check(category, name, right, tried)
+            where = f"counts[{category!r:.80}]"
+            mapping(row, where, "{expert: (right, tried)}")
+            for name, pair in row.items():
+                what = f"{where}[{name!r:.80}]"
+                if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                    raise TypeError(f"{what} must be (right, tried), got {pair!r:.80}")
+                for number in pair:
+                    whole_number(number, what)
+                self._check(category, name, *pair)
+        marks_in({"questions": self.questions})
 
     def _check(self, category: str, name: str, right: int, tried: int) -> None:
         if name != BASE and name not in self.experts:
@@ -116,20 +130,24 @@ class Record:
         facts: dict[str, Any] = {"experts": self.experts, "counts": counts}
         if self.questions is not None:
             facts["questions"] = list(self.questions)
-        write_json(path, {"kind": KIND, "version": VERSION, **facts})
+        write_stored(path, KIND, VERSION, facts)
 
     @classmethod
     def load(cls, path: str | Path, bank: t2k.ExpertBank | None = None) -> Record:
-        """What `save` wrote; with `bank` checked to be of its experts (ValueError)."""
-        facts = read_json(path, kind=KIND, version=VERSION)
+        """What `save` wrote; with `bank` checked to be of its experts (ValueError).
+
+        Raises CorruptFileError for a file that is truncated, damaged or of another kind. One
+        without a checksum, as written by hand, is read, and the log warns.
+        """
+        facts = read_stored(
+            path, KIND, VERSION, required=("experts", "counts"), optional=("questions",)
+        )
         try:
-            counts = {
-                str(category): {str(n): (int(r), int(t)) for n, (r, t) in row.items()}
-                for category, row in facts["counts"].items()
-            }
-            made = cls(dict(facts["experts"]), counts, marks_in(facts))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            made = cls(facts["experts"], facts["counts"], marks_in(facts))
+        except (TypeError, ValueError, RecursionError) as error:
             raise t2k.CorruptFileError(f"{path} is not a whole record: {error}.") from error
+        made.counts = {c: {n: (r, t) for n, (r, t) in row.items()}
+                       for c, row in made.counts.items()}  # fmt: skip
         if bank is not None:
             made.check(bank)
         return made

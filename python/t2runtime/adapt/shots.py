@@ -102,11 +102,11 @@ def is_marked(problem: Problem, marks: Container[str]) -> bool:
 
 def marks_in(facts: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The marks that a file holds as "questions"; None for one of before they were kept, ValueError
-    for anything else than a list of texts.
+    for anything else than a list of texts. Of mixtures, routers and records alike.
     """
     marks = facts.get("questions")
     if marks is not None and (
-        not isinstance(marks, list) or not all(isinstance(mark, str) for mark in marks)
+        not isinstance(marks, (list, tuple)) or not all(isinstance(mark, str) for mark in marks)
     ):
         raise ValueError(f"questions must be a list of texts, got {marks!r:.80}")
     return None if marks is None else tuple(marks)
