@@ -160,10 +160,13 @@ def test_what_is_too_long_is_said_with_what_helps(t2: Transformer2, small: Any) 
     assert "holds 64. Shorten the question, or name an expert" in str(output.error)
 
     model, tokenizer = small
-    names = tuple(f"skill{i}" for i in range(9))
-    for descriptions, words in (({}, ": give"), ({"skill1": "x"}, "in fewer words, give")):
-        many = Categories(names, descriptions=descriptions)
-        with pytest.raises(ValueError, match=f"not the question's.*{words} the 9 categories"):
+    nine, short = tuple(f"skill{i}" for i in range(9)), "{names} {question}="
+    for many, words in (
+        (Categories(nine, short), "takes 3, the list of 9 categories 103: give them shorter"),
+        (Categories(nine, short, descriptions={"skill1": "x"}), "in fewer words, give them"),
+        (Categories(nine), "The instruction alone takes 137: name an expert as the strategy"),
+    ):
+        with pytest.raises(ValueError, match=words):
             question_ids(model, tokenizer, many, "1+1=")
 
 

@@ -197,25 +197,32 @@ def question_ids(
 
     Raises ValueError where it does not fit into the context together with `reply` more tokens.
     """
-
-    def ids_of(question: str) -> list[int]:
-        return prompt_ids(tokenizer, categories.prompt(question), categories.chat or chat)
-
-    ids, context = ids_of(last_user_message(prompt)), context_length(model)
+    way = categories.chat or chat
+    ids = prompt_ids(tokenizer, categories.prompt(last_user_message(prompt)), way)
+    context = context_length(model)
     if context is not None and len(ids) + reply > context:
-        around = len(ids_of(""))
-        advice = "Shorten the question"
-        if around + reply >= context:
-            fewer = "describe the experts in fewer words, " if categories.descriptions else ""
-            advice = (
-                f"{around} of them are not the question's: {fewer}give the {len(categories.names)} "
-                "categories shorter names or ask for fewer"
-            )
+        advice = _advice(tokenizer, categories, way, context - reply)
         raise ValueError(
             f"the prompt of pass 1 has {len(ids)} tokens and a category's name up to {reply}, the "
-            f"model's context holds {context}. {advice}, or name an expert as the strategy"
+            f"model's context holds {context}. {advice}name an expert as the strategy"
         )
     return ids
+
+
+def _advice(tokenizer: Any, categories: Categories, chat: str, room: int) -> str:
+    """What makes a prompt fit into so many tokens: whatever it is that takes them."""
+    words = re.sub(r"\{names\}|\{question\}", "", categories.template)
+    bare = len(prompt_ids(tokenizer, words, chat))
+    around = len(prompt_ids(tokenizer, categories.prompt(""), chat))
+    if bare >= room:
+        return f"The instruction alone takes {bare}: "
+    if around >= room:
+        shorter = "describe the experts in fewer words, " if categories.descriptions else ""
+        return (
+            f"The instruction takes {bare}, the list of {len(categories.names)} categories "
+            f"{around - bare}: {shorter}give them shorter names, ask for fewer, or "
+        )
+    return "Shorten the question, or "
 
 
 def judge(
