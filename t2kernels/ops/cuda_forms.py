@@ -112,17 +112,19 @@ def choose(x: Tensor, U: Tensor, V: Tensor, batch_invariant: bool) -> Form:
 
     In batch-invariant mode the number of tokens has no say: forms may differ in their bits.
     """
-    reason = unfit(x, U, V)
+    wanted = _Switch.form or _by_rule(U, V, MAX_TOKENS if batch_invariant else x.shape[0])
+    reason = None if wanted.name == "fma" else unfit(x, U, V)
+    if reason is None:
+        return wanted
     if _Switch.form is not None:
-        if _Switch.form.name != "fma" and reason is not None:
-            raise RuntimeError(
-                f"form {_Switch.form.name!r} of backend 'cuda' was asked for and cannot run this "
-                f"call: {reason}. Leave the form to the policy."
-            )
-        return _Switch.form
-    if reason is not None:
-        return Form("fma")
-    tokens = MAX_TOKENS if batch_invariant else x.shape[0]
+        raise RuntimeError(
+            f"form {wanted.name!r} of backend 'cuda' was asked for and cannot run this call: "
+            f"{reason}. Leave the form to the policy."
+        )
+    return Form("fma")
+
+
+def _by_rule(U: Tensor, V: Tensor, tokens: int) -> Form:
     elements = U.numel() + V.numel()
     for rule in RULES:
         if tokens <= rule.tokens and elements <= rule.elements:
