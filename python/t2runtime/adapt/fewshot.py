@@ -93,10 +93,16 @@ class Space:
         whole = rows.new_zeros(*rows.shape[:-1], len(self.bank.names))
         return whole.index_copy(-1, index.to(rows.device), rows)
 
-    def landmarks(self) -> Tensor:
-        """The base, all experts at full weight, and each expert alone: (2 + K, size)."""
+    def landmarks(self, most: int | None = None, seed: int = 0) -> Tensor:
+        """The base, all experts at full weight, and each expert alone: (2 + K, size); `most` of
+        them at most, where the seed says which experts stand alone.
+        """
         count = len(self.names)
-        rows = torch.cat([torch.zeros(1, count), torch.ones(1, count), torch.eye(count)])
+        alone = torch.eye(count)
+        if most is not None and most < 2 + count:
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+            alone = alone[order[: max(0, most - 2)].sort().values]
+        rows = torch.cat([torch.zeros(1, count), torch.ones(1, count), alone])[:most]
         return rows if self.per == "expert" else rows.repeat(1, len(self.bank.layers))
 
     def weights(self, member: Tensor) -> Weights:
@@ -265,7 +271,8 @@ def search(
     full weight at once are within reach.
 
     method: "cem", "cma-es" (package cmaes), "random", or "gradient" (see `gradient_ascent`), all
-    from the same landmarks. names: the experts of the bank that may take part. budget: forwards at
+    from the same landmarks (of more experts than they have starts for, the seed chooses those that
+    start alone). names: the experts of the bank that may take part. budget: forwards at
     most (default: what `generations` of `population` take); it decides the generations, or the
     steps of the gradient. rows_per_batch: default all rows at once. l1, l2: for the gradient, which
     they draw to 0. NOTE(paper): the first generation also holds the base, each expert alone and all
@@ -306,6 +313,6 @@ def search(
     found = black_box(
         method, score, space.size, population=population, generations=budget // each, low=low,
         high=high, mean=1 / len(names) if method == "cem" else None,
-        start=space.landmarks()[: population - 1], seed=seed, **own,
+        start=space.landmarks(population - 1, seed), seed=seed, **own,
     )  # fmt: skip
     return FewShot(space.weights(found.best), found, space, method, seed, forwards, budget, marks)

@@ -45,8 +45,10 @@ def gradient_ascent(
 ) -> tuple[SearchResult, int]:
     """Maximise mean_s log p(answer_s | prompt_s; alpha) − l1·Σ|alpha| − l2·Σalpha² by Adam.
 
-    The starts are 1/K for every expert, then the space's landmarks, then uniform draws; after each
-    step alpha is clamped to [low, high]. The best point of each start (by the objective) is scored
+    The starts are 1/K for every expert, then the space's landmarks (the base, all experts, each
+    alone), then uniform draws: of four starts or more one is always drawn. So up to four experts
+    all have a start of eight; of more, the seed chooses the four that start alone. After each step
+    alpha is clamped to [low, high]. The best point of each start (by the objective) is scored
     as every search scores its members, and the best of those and of the base is returned.
 
     Returns (result, forwards of the climb); those of the scoring are counted by `score`. Raises
@@ -117,6 +119,8 @@ def _climb(
 def _starts(space: Space, restarts: int, low: float, high: float, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     even = torch.full((1, space.size), 1.0 / len(space.names))
-    fixed = torch.cat([even, space.landmarks()])[:restarts]
+    # One start is drawn, where there is room beside 1/K, the base and all experts.
+    most = restarts - 1 - (restarts > 3)
+    fixed = torch.cat([even, space.landmarks(most, seed)])
     drawn = torch.rand(restarts - len(fixed), space.size, generator=generator)
     return torch.cat([fixed, low + (high - low) * drawn]).clamp(low, high)

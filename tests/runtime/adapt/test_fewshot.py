@@ -11,6 +11,7 @@ import torch
 import t2kernels as t2k
 from t2runtime.adapt import fewshot
 from t2runtime.adapt.fewshot import METHODS, Space, score_members, search
+from t2runtime.adapt.gradient import _starts
 from t2runtime.adapt.mixtures import load_mixture, save_mixture
 from t2runtime.adapt.shots import Batches, log_likelihood
 from t2runtime.tasks import Problem
@@ -151,3 +152,70 @@ def test_members_of_another_shape_or_not_finite(bank: t2k.ExpertBank) -> None:
             space.alpha(wrong)
     with pytest.raises(ValueError, match="members must be finite"):
         space.alpha(torch.full((1, space.size), float("nan")))
+
+
+def _bank_of(tiny: Any, count: int) -> t2k.ExpertBank:
+    bank = t2k.ExpertBank(tiny)
+    here = t2k.Expert.from_model(tiny)
+    for index in range(count):
+        bank.add(f"e{index}", t2k.Expert({n: v + index for n, v in here.z.items()}))
+    return bank
+
+
+@pytest.mark.parametrize("per", ["expert", "layer"])
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 6, 9, 30])
+def test_the_gradient_starts_from_its_seed_whatever_the_number_of_experts(
+    tiny: Any, count: int, per: Any
+) -> None:
+    """1/K, the base, all at once, experts alone, at least one drawn point; eight in all."""
+    bank = _bank_of(tiny, count)
+    space = Space(bank, tuple(bank.names), per)
+    made = [_starts(space, 8, 0.0, 1.0, seed) for seed in range(12)]
+    assert torch.equal(made[0], _starts(space, 8, 0.0, 1.0, 0))
+    assert len({starts.numpy().tobytes() for starts in made}) == 12
+    alone = {tuple(row.tolist()): index for index, row in enumerate(space.landmarks()[2:])}
+    met = set()
+    for starts in made:
+        assert starts.shape == (8, space.size)
+        assert torch.equal(starts[0], torch.full((space.size,), 1 / count))
+        assert torch.equal(starts[1:3], space.landmarks()[:2])
+        own = [alone[tuple(row.tolist())] for row in starts[3:] if tuple(row.tolist()) in alone]
+        assert own == sorted(own) and len(set(own)) == min(count, 4)
+        met |= set(own)
+        assert ((starts[-1] > 0) & (starts[-1] < 1)).all(), "the last is drawn"
+    assert len(met) == count or count == 30, "every expert starts alone under some seed"
+    for few in (1, 2, 3, 4):
+        assert _starts(space, few, 0.0, 1.0, 0).shape == (few, space.size)
+
+
+def test_more_landmarks_than_members_are_chosen_by_the_seed(tiny: Any) -> None:
+    bank = _bank_of(tiny, 9)
+    space = Space(bank, tuple(bank.names))
+    assert torch.equal(space.landmarks(11, 5), space.landmarks())
+    for most in (0, 1, 2):
+        assert torch.equal(space.landmarks(most, 5), space.landmarks()[:most])
+    some = [space.landmarks(5, seed) for seed in (0, 1, 0)]
+    assert torch.equal(some[0], some[2]) and not torch.equal(some[0], some[1])
+    assert all(row.sum() == 1 for row in some[0][2:]) and some[0].shape == (5, 9)
+
+
+def test_the_gradient_keeps_its_budget_with_many_experts(
+    tiny: Any, tokenizer: Any, shots: list[Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that went through the model, forward and back, are those that were stated."""
+    bank = _bank_of(tiny, 7)
+    rows: list[int] = []
+    hook = tiny.register_forward_pre_hook(
+        lambda _, given, named: rows.append(len(named["input_ids"])), with_kwargs=True
+    )
+    found = [
+        search(tiny, tokenizer, bank, bank.names, shots, NEW, method="gradient", budget=280,
+               seed=seed)
+        for seed in (0, 1, 0)
+    ]  # fmt: skip
+    hook.remove()
+    steps = (280 - 2 * 4 * 9) // (2 * 4 * 8)
+    assert {one.forwards for one in found} == {2 * 4 * 9 + steps * 2 * 4 * 8}
+    climbing = [count for count in rows if count == 8 * 4]
+    assert len(climbing) == 3 * steps, "one forward of 8 starts x 4 shots a step"
+    assert torch.equal(found[0].search.best, found[2].search.best)
