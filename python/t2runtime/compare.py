@@ -13,7 +13,7 @@ import logging
 import random
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from t2runtime.adapt.fewshot import Space, check_search, search
 from t2runtime.adapt.mixtures import TaskMixture
 from t2runtime.adapt.record import BASE, record_of_tasks
 from t2runtime.adapt.router import RouterConfig, train_router
-from t2runtime.adapt.shots import check_shots, held_out, is_marked
+from t2runtime.adapt.shots import check_shots, draw_shots, held_out, is_marked, question_marks
 from t2runtime.adapt.weights import Mixture
 from t2runtime.engine import Transformer2
 from t2runtime.evaluate import Score
@@ -139,18 +139,22 @@ def compare(
     labels = _checked(t2, sources, strategies)
     chosen = [name for name in t2.bank.names if name != t2.classifier]
     find = _Finder(t2, sources, list(names or chosen), seed, max_new_tokens, rows)
+    more = shots if shots_from == split else 0
     kept: _Way | None = None
     if "few-shot" in strategies and mixtures is not None:
         kept = find.saved(mixtures)
     elif "few-shot" in strategies:
         size = Space(t2.bank, tuple(find.names), settings.get("per", "expert")).size
         check_searches(sources, methods, shots, shots_from, seed, size, settings)
+        drawn = {task: draw_shots(one, shots, shots_from, seed) for task, one in sources.items()}
+        marks = question_marks(shot for some in drawn.values() for shot in some)
+        _held_out(sources, split, problems, more, seed, marks)  # raises before any search
     ways: list[_Way] = []
     for strategy, label in zip(strategies, labels, strict=True):
         if strategy == "few-shot" and kept is not None:
             ways.append(kept)
         elif strategy == "few-shot":
-            ways += [find.few_shot(way, shots, shots_from, settings) for way in methods]
+            ways += [find.few_shot(way, drawn, settings) for way in methods]
         elif strategy == "router":
             ways.append(find.router(router or RouterConfig(seed=seed)))
         elif strategy == "record":
@@ -158,8 +162,8 @@ def compare(
         else:
             looks = isinstance(strategy, str) and strategy in _LOOKS
             ways.append(_Way(label, t2, lambda tasks, same=strategy: same, looks))  # type: ignore[misc]
-    more = shots if shots_from == split else 0
-    asked, left = _held_out(sources, split, problems, more, seed, ways)
+    used = {mark for way in ways for mark in way.marks}
+    asked, left = _held_out(sources, split, problems, more, seed, used)
     t2.generate([asked[0][1].prompt], None, max_new_tokens=1)  # what only a first call costs
     found = [_row(way, sources, asked, max_new_tokens, rows, progress) for way in ways]
     return [replace(row, left_out=left) for row in found]
@@ -234,9 +238,6 @@ class _Finder:
     def _model(self) -> tuple[Any, Any, Any]:
         return self.t2.model, self.t2.tokenizer, self.t2.bank
 
-    def _new(self, task: str) -> int:
-        return self.max_new_tokens or self.sources[task].max_new_tokens
-
     def saved(self, mixtures: Mapping[str, TaskMixture]) -> _Way:
         """Mixtures that were found before."""
         missing = [task for task in self.sources if task not in mixtures]
@@ -260,13 +261,14 @@ class _Finder:
         return _Way(label, self.t2, says, False, len(set(marks)), forwards, seconds, marks)
 
     def few_shot(
-        self, method: str, shots: int, split: Split, settings: Mapping[str, Any]
-    ) -> _Way:  # fmt: skip
+        self, method: str, shots: Mapping[str, list[Problem]], settings: Mapping[str, Any]
+    ) -> _Way:
         """A mixture of each task, found now."""
         began = time.perf_counter()
         used = {
             task: search(
-                *self._model, self.names, source(shots, split, self.seed), self._new(task),
+                *self._model, self.names, shots[task],
+                self.max_new_tokens or source.max_new_tokens,
                 method=method, grader=source, seed=self.seed, chat=self.t2.chat, **settings,
             ).saved(_plain(task))
             for task, source in self.sources.items()
@@ -313,12 +315,11 @@ class _Finder:
 
 def _held_out(
     sources: Mapping[str, Source], split: Split, count: int, more: int, seed: int,
-    ways: Sequence[_Way],
+    used: Container[str],
 ) -> tuple[list[tuple[str, Problem]], int]:  # fmt: skip
-    """(task, problem) to be scored, the tasks mixed; none that a strategy was found with, and how
-    many were. `more` are drawn in place of shots.
+    """(task, problem) to be scored, the tasks mixed; none with a mark among `used`, and how many
+    had one. `more` are drawn in place of shots.
     """
-    used = {mark for way in ways for mark in way.marks}
     asked: list[tuple[str, Problem]] = []
     left = 0
     for task, source in sources.items():

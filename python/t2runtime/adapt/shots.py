@@ -22,7 +22,7 @@ from t2runtime.generation import (
     token_log_probs,
     too_wide,
 )
-from t2runtime.tasks import Problem
+from t2runtime.tasks import Problem, Source, Split
 
 logger = logging.getLogger(__name__)
 OnLeak = Literal["remove", "error"]
@@ -35,6 +35,27 @@ def check_shots(shots: Sequence[Problem]) -> None:
     for shot in shots:
         if not shot.answer:
             raise ValueError(f"shots must have right answers, got none for {shot.prompt!r:.60}")
+
+
+def draw_shots(source: Source, count: int, split: Split, seed: int) -> list[Problem]:
+    """`count` labelled problems of a split to search with, each prompt once; where there are fewer,
+    all of them, and the log warns. Raises as `check_shots` does.
+    """
+    shots = list({problem.prompt: problem for problem in source(count, split, seed)}.values())
+    check_shots(shots)
+    if len(shots) < count:
+        why = ""
+        if split in getattr(source, "cut", ()):
+            why = (
+                "; its data were split by checksum of the prompt, a tenth for validation and, of "
+                "one file, a tenth for test: give more lines, a file for each split, or take the "
+                "shots from another split (shots_from, --shots-from)"
+            )
+        logger.warning(
+            "task %r: %d shots asked for, %d found in the %s split%s", source.name, count,
+            len(shots), split, why,
+        )  # fmt: skip
+    return shots
 
 
 def same_question(problem: Problem) -> str:
@@ -141,7 +162,8 @@ def held_out(
     rest = [problem for index, problem in enumerate(problems) if index not in found]
     if not rest:
         raise ValueError(
-            f"problems must hold at least one that is no shot, all of {len(problems)} are shots"
+            f"problems must hold at least one that is no shot, all of {len(problems)} are shots. "
+            "Take fewer shots, or of another split (shots_from, --shots-from)"
         )
     return rest, len(found)
 

@@ -6,6 +6,7 @@ With `--method router` or `record` what is made, of one task or several, decides
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +16,10 @@ import t2kernels as t2k
 from t2kernels.files import check_name
 from t2runtime.adapt.asking import tell_unnamed
 from t2runtime.adapt.fewshot import FewShot, check_search, search
-from t2runtime.adapt.mixtures import load_mixture, save_mixture
+from t2runtime.adapt.mixtures import load_mixture, mixture_path, save_mixture
 from t2runtime.adapt.record import Record, record_of_tasks
 from t2runtime.adapt.router import Router, RouterConfig, train_router
+from t2runtime.adapt.shots import draw_shots, held_out
 from t2runtime.commands.train import targets
 from t2runtime.compare import compare, text_table
 from t2runtime.engine import Transformer2
@@ -74,6 +76,7 @@ def _learned(args: argparse.Namespace, named: Mapping[str, Source]) -> dict[str,
             f"--name is for the mixture of a search, --method {args.method} takes its tasks' own "
             f"names, got {args.name!r}. Call a task otherwise by --task NAME=TASK"
         )
+    replaced = _replaces(out)
     t2 = _engine(args)
     unnamed = tell_unnamed(t2.categories, named) if args.method == "record" else []
     names, began = list(t2.bank.names), time.perf_counter()
@@ -103,6 +106,7 @@ def _learned(args: argparse.Namespace, named: Mapping[str, Source]) -> dict[str,
         "tasks": list(named),
         "method": args.method,
         "file": str(out),
+        "replaced": replaced,
         "seconds": seconds,
         "problems": rows[0].score.total,
         "leaked": rows[0].left_out,
@@ -115,8 +119,12 @@ def _learned(args: argparse.Namespace, named: Mapping[str, Source]) -> dict[str,
 def _mixture(args: argparse.Namespace, task: Source) -> dict[str, Any]:
     """The mixture of a task, by a search on its shots."""
     name = _mixture_name(args.name, task.name)  # now, so that no search is lost by it
-    shots = task(args.shots, args.shots_from, args.seed)
+    shots = draw_shots(task, args.shots, args.shots_from, args.seed)
+    more = args.shots if args.shots_from == "test" else 0
+    held_out(task(args.limit + more, "test", args.seed), shots)  # raises now, not after the search
     check_search(args.method, len(shots), experts_to_mix(args), **search_settings(args))
+    out = Path(args.out)
+    replaced = _replaces(out if out.suffix == ".json" else mixture_path(out, name))
     t2 = _engine(args)
     model, tokenizer, bank = t2.model, t2.tokenizer, t2.bank
     new_tokens = args.max_new_tokens or task.max_new_tokens
@@ -138,10 +146,12 @@ def _mixture(args: argparse.Namespace, task: Source) -> dict[str, Any]:
         "model": args.model,
         "task": task.name,
         "mixture": str(path),
+        "replaced": replaced,
         "method": found.method,
         "per": args.per,
         "weights": found.weights,
         "shots": len(shots),
+        "shots_asked": args.shots,
         "shots_from": args.shots_from,
         "forwards": found.forwards,
         "budget": found.budget,
@@ -155,6 +165,13 @@ def _mixture(args: argparse.Namespace, task: Source) -> dict[str, Any]:
         },
         "mean_weights": _means(found),
     }
+
+
+def _replaces(path: Path) -> bool:
+    """Whether a file is there already; it is said before the work, in time to stop it."""
+    if path.exists():
+        print(f"t2 adapt: note: {path} is there and will be replaced", file=sys.stderr)
+    return path.exists()
 
 
 def files(given: list[str]) -> list[Path]:
@@ -186,8 +203,10 @@ def show(result: dict[str, Any]) -> str:
         return _show_learned(result)
     weights = ", ".join(f"{name} {w:.2f}" for name, w in result["mean_weights"].items())
     mean = " (mean over the layers)" if result["per"] == "layer" else ""
+    fewer = result["shots"] < result["shots_asked"]
+    asked = f" ({result['shots_asked']} were asked for)" if fewer else ""
     lines = [
-        f"{result['task']}: {result['method']} on {result['shots']} shots of the "
+        f"{result['task']}: {result['method']} on {result['shots']} shots{asked} of the "
         f"{result['shots_from']} split, {result['forwards']:,} forwards of {result['budget']:,} in "
         f"{result['seconds']:.1f} s",
         f"  weights{mean}: {weights}",
@@ -199,7 +218,7 @@ def show(result: dict[str, Any]) -> str:
     for name, score in result["scores"].items():
         low, high = (100 * bound for bound in score["interval"])
         lines.append(f"    {name:8s}{100 * score['accuracy']:6.1f} %  [{low:5.1f}, {high:5.1f}]")
-    return "\n".join([*lines, f"  saved: {result['mixture']}"])
+    return "\n".join([*lines, f"  saved: {result['mixture']}{_instead(result)}"])
 
 
 def _show_learned(result: dict[str, Any]) -> str:
@@ -219,4 +238,8 @@ def _show_learned(result: dict[str, Any]) -> str:
         f"({result['leaked']} left out), 95 % intervals:"
     )
     table = text_table(result["strategies"])
-    return "\n".join([*lines, table, f"  saved: {result['file']}"])
+    return "\n".join([*lines, table, f"  saved: {result['file']}{_instead(result)}"])
+
+
+def _instead(result: dict[str, Any]) -> str:
+    return ", in place of the one that was there" if result["replaced"] else ""

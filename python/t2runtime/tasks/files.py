@@ -52,7 +52,7 @@ class FileSource:
 
     skipped: broken lines that were left out. repeated: held-out rows left out because their prompt
     had come before, in whichever of the held-out splits; the first counts. shared: training rows
-    left out because their prompt is held out.
+    left out because their prompt is held out. cut: splits that are a part of a file, by checksum.
     """
 
     def __init__(
@@ -63,7 +63,9 @@ class FileSource:
         grader: Grader = EXACT,
         skipped: int = 0,
         advice: str = _FILES,
+        cut: Iterable[Split] = (),
     ) -> None:
+        self.cut = frozenset(cut)
         self.name, self.max_new_tokens, self.skipped = name, max_new_tokens, skipped
         self._grader, self._advice = grader, advice
         given = {split: list(splits.get(split, ())) for split in SPLITS}
@@ -144,6 +146,7 @@ def load(
     parts = list(_parts(data))
     own_validation = any(part == "validation" for part, _, _ in parts)
     check = getattr(grader, "check", None)
+    cut: set[Split] = set()
     for part, place, rows in parts:
         for where, row in rows:
             try:
@@ -159,13 +162,14 @@ def load(
                 continue
             if split_by is None and (part is None or (part == "train" and not own_validation)):
                 drawn = split_of(problem.prompt)
+                cut |= set(SPLITS) if part is None else {"train", "validation"}
                 split = drawn if part is None or drawn == "validation" else "train"
             if split is not None:
                 splits[split].append(problem)
     _report(bad, on_bad_lines)
     if not any(splits.values()):
         raise ValueError(f"data must hold at least one problem, got none in {str(data)!r}")
-    source = FileSource(name, max_new_tokens, splits, grader, len(bad), advice)
+    source = FileSource(name, max_new_tokens, splits, grader, len(bad), advice, cut)
     if source.repeated or source.shared:
         logger.warning(
             "%s: %d held-out rows left out because their prompt had come before, %d training rows "

@@ -167,3 +167,76 @@ def test_a_record_of_own_folders(
     made = json.loads(capsys.readouterr().out)
     assert made["never_named"] == [] and list(made["chosen"]) == ["still"] and not caplog.records
     assert list(made["strategies"][1]["by_task"]) == ["still"]
+
+
+def _own(folder: Path, lines: int, name: str = "own.jsonl") -> Path:
+    folder.mkdir(exist_ok=True)
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(lines)]
+    (folder / name).write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder / name
+
+
+def test_fewer_shots_than_asked_for_are_said(
+    experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """With how many there are, and why: the file was split by checksum."""
+    data = _own(tmp_path / "data", 40)
+    argv = ["adapt", "small", "--expert", str(experts), "--max-new-tokens", "4", "--task",
+            str(data), *QUICK]  # fmt: skip
+    assert main([*argv, "--out", str(tmp_path / "a"), "--shots", "50", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    found = result["shots"]
+    assert 0 < found < 10 and result["shots_asked"] == 50
+    (said,) = [r.getMessage() for r in caplog.records if "asked for" in r.getMessage()]
+    assert said.startswith(f"task 'own': 50 shots asked for, {found} found in the validation split")
+    assert "split by checksum of the prompt" in said
+    assert main([*argv, "--out", str(tmp_path / "b"), "--shots", "50"]) == 0
+    assert f"cem on {found} shots (50 were asked for) of the val" in capsys.readouterr().out
+    caplog.clear()
+    assert main([*argv, "--out", str(tmp_path / "c"), "--shots", str(found)]) == 0
+    assert "asked for" not in capsys.readouterr().out + caplog.text
+
+
+def test_shots_that_leave_nothing_to_be_scored_are_refused_before_the_search(
+    experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a search began")
+
+    monkeypatch.setattr("t2runtime.commands.adapt.search", never)
+    monkeypatch.setattr("t2runtime.compare.search", never)
+    folder = tmp_path / "data"
+    _own(folder, 40, "train.jsonl")
+    _own(folder, 3, "test.jsonl")
+    given = ["small", "--task", str(folder), "--expert", str(experts), "--shots-from", "test",
+             "--shots", "3"]  # fmt: skip
+    assert main(["adapt", *given, "--out", str(tmp_path / "m")]) == 2
+    said = capsys.readouterr().err
+    assert "all of 3 are shots" in said and "--shots-from" in said
+    assert not (tmp_path / "m").exists()
+    assert main(["eval", *given, "--strategy", "few-shot"]) == 2
+    assert "all of 3 are shots" in capsys.readouterr().err
+
+
+def test_a_file_that_is_there_is_replaced_with_a_note(
+    experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["adapt", "small", "--task", "other", "--expert", str(experts)]
+    record = ["--method", "record", "--problems", "2", "--limit", "4"]
+    for more, out, file in (
+        (QUICK, tmp_path / "m", tmp_path / "m" / "other.json"),
+        (QUICK, tmp_path / "x.json", tmp_path / "x.json"),
+        (record, tmp_path / "r.json", tmp_path / "r.json"),
+    ):
+        argv = [*given, *more, "--out", str(out)]
+        assert main(argv) == 0
+        first = capsys.readouterr()
+        assert "note" not in first.err and "in place of" not in first.out
+        assert main(argv) == 0
+        again = capsys.readouterr()
+        assert f"t2 adapt: note: {file} is there and will be replaced" in again.err
+        assert f"saved: {file}, in place of the one that was there" in again.out
+        assert main([*argv, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["replaced"] is True

@@ -13,6 +13,7 @@ import t2kernels as t2k
 from t2runtime.adapt import shots as shots_module
 from t2runtime.adapt.shots import (
     answer_and_score,
+    draw_shots,
     encode_shots,
     held_out,
     is_marked,
@@ -23,6 +24,7 @@ from t2runtime.adapt.shots import (
     same_question,
 )
 from t2runtime.generation import answer_log_probs, complete, forced
+from t2runtime.sources import source
 from t2runtime.tasks import Problem
 
 NEW = 3
@@ -159,3 +161,42 @@ def test_members_answer_the_same_shots_in_turn(
             mine = slice(member * rows, (member + 1) * rows)
             assert texts[mine] == own
             assert torch.allclose(found[mine], likely, atol=1e-4)
+
+
+class Few:
+    """Three different questions, drawn again and again."""
+
+    name, max_new_tokens = "few", 4
+
+    def __call__(self, count: int, split: str, seed: int) -> list[Problem]:
+        return [Problem(f"{index % 3}=", "1", "x") for index in range(count)]
+
+    def grade(self, problems: Any, completions: Any) -> list[bool]:
+        return [False for _ in problems]
+
+
+def test_shots_are_drawn_once_each_and_a_lack_is_told(
+    caplog: pytest.LogCaptureFixture, tmp_path: Any
+) -> None:
+    assert [shot.prompt for shot in draw_shots(Few(), 3, "train", 0)] == ["0=", "1=", "2="]
+    assert not caplog.records
+    assert len(draw_shots(Few(), 5, "train", 0)) == 3
+    assert caplog.records[0].getMessage() == (
+        "task 'few': 5 shots asked for, 3 found in the train split"
+    )
+    caplog.clear()
+    lines = [f'{{"prompt": "{i}+1=", "answer": "{i + 1}"}}\n' for i in range(40)]
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines[:4] if split == "test" else lines))
+    own = source(str(tmp_path))
+    caplog.clear()
+    assert len(draw_shots(own, 50, "test", 0)) == 4
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.endswith("4 found in the test split"), "which is a file of its own"
+    (tmp_path / "validation.jsonl").unlink()
+    (tmp_path / "test.jsonl").write_text(lines[0])
+    cut = source(str(tmp_path))
+    assert cut.cut == {"train", "validation"}  # type: ignore[attr-defined]
+    (tmp_path / "train.jsonl").rename(tmp_path / "own.jsonl")
+    one = source(str(tmp_path / "own.jsonl"))
+    assert one.cut == {"train", "validation", "test"}  # type: ignore[attr-defined]
