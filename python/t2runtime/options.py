@@ -129,18 +129,19 @@ def parse_expert(text: str) -> tuple[Path, float]:
         ) from None
 
 
-def expert_files(given: list[str]) -> dict[str, tuple[Path, float]]:
+def expert_files(given: list[str], *, weighted: bool = True) -> dict[str, tuple[Path, float]]:
     """{name: (file, weight)}: experts are called like their files; a folder stands for all in it
-    that are called *.safetensors.
+    that are called *.safetensors. `weighted`: whether FILE=WEIGHT is read as such.
     """
     found: dict[str, tuple[Path, float]] = {}
-    for path, weight in map(parse_expert, given):
+    for text in given:
+        path, weight = parse_expert(text) if weighted else (Path(text), 1.0)
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if not files:
             raise ValueError(f"--expert: the folder {path} holds no *.safetensors")
         for file in files:
             if file.stem in found:
-                raise ValueError(f"--expert: two files are called {file.stem!r}; rename one")
+                raise ValueError(f"--expert: two files are called {file.stem}; rename one")
             found[file.stem] = (file, weight)
     return found
 

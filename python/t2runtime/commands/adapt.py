@@ -23,7 +23,7 @@ from t2runtime.adapt.shots import draw_shots, held_out
 from t2runtime.commands.train import targets
 from t2runtime.compare import compare, text_table
 from t2runtime.engine import Transformer2
-from t2runtime.options import at_least_one, search_settings, task_data
+from t2runtime.options import at_least_one, expert_files, search_settings, task_data
 from t2runtime.sources import sources
 from t2runtime.tasks import Source
 
@@ -176,18 +176,9 @@ def _replaces(path: Path) -> bool:
 
 def files(given: list[str]) -> list[Path]:
     """Expert files by distinct names; a folder stands for its *.safetensors."""
-    found: list[Path] = []
-    for path in map(Path, given):
-        inside = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-        if not inside:
-            raise ValueError(f"--expert: the folder {path} holds no *.safetensors")
-        found += inside
-    if not found:
+    if not given:
         raise ValueError("--expert must be given at least once: the experts to mix")
-    twice = {path.stem for path in found if [p.stem for p in found].count(path.stem) > 1}
-    if twice:
-        raise ValueError(f"--expert: two files are called {', '.join(sorted(twice))}; rename one")
-    return found
+    return [path for path, _ in expert_files(given, weighted=False).values()]
 
 
 def _means(found: FewShot) -> dict[str, float]:
