@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import cuda_forms
 from .cuda_forms import MAX_TOKENS
-from .layout import unfit
+from .layout import TYPE_CODES, unfit
 from .torch_backend import backward
 
 __all__ = ["MAX_TOKENS", "NAME", "backward", "forward", "unavailable"]
@@ -29,15 +29,6 @@ MIN_CAPABILITY = (8, 0)
 
 # The kinds of 8-bit factors that they read.
 KINDS = ("int8", "fp8")
-
-# The type codes of csrc/cuda/svf_cuda.h.
-_CODES = {
-    torch.float32: 0,
-    torch.bfloat16: 1,
-    torch.float16: 2,
-    torch.int8: 3,
-    torch.float8_e4m3fn: 4,
-}
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -134,7 +125,7 @@ def forward(
         d.data_ptr(), d.stride(0) if slot is not None else 0, d.shape[0],
         _address(slot), base.data_ptr(), _address(bias), _address(scale),
         y.data_ptr(), _address(h), work.data_ptr(), barrier,
-        T, n, r, m, _CODES[x.dtype], _CODES[U.dtype], cuda_forms.CODES[form],
+        T, n, r, m, TYPE_CODES[x.dtype], TYPE_CODES[U.dtype], cuda_forms.CODES[form],
         cuda_forms.TILE_CODES[tile], index, stream,
     )
     # fmt: on

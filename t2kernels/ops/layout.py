@@ -10,6 +10,14 @@ from torch import Tensor
 from ..quantized import FACTOR_KINDS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# The type codes of csrc/cpu/svf_cpu.h and csrc/cuda/svf_cuda.h.
+TYPE_CODES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int8: 3,
+    torch.float8_e4m3fn: 4,
+}
 
 
 def unfit(

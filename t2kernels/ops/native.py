@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..quantized import FACTOR_KINDS, is_eight_bit
 from . import torch_backend
-from .layout import FLOATS, unfit
+from .layout import FLOATS, TYPE_CODES, unfit
 
 try:
     from .. import _native  # type: ignore[attr-defined]
@@ -27,13 +27,6 @@ except ImportError as error:  # a source tree without a build, or a build for an
 
 NAME = "native"
 
-_CODES = {
-    torch.float32: 0,
-    torch.bfloat16: 1,
-    torch.float16: 2,
-    torch.int8: 3,
-    torch.float8_e4m3fn: 4,
-}
 _AUTO = -1
 _KINDS = tuple(FACTOR_KINDS)
 
@@ -160,8 +153,8 @@ def forward(
         n,
         r,
         m,
-        _CODES[x.dtype],
-        _CODES[U.dtype],
+        TYPE_CODES[x.dtype],
+        TYPE_CODES[U.dtype],
         torch.get_num_threads(),
         _AUTO,
     )
@@ -212,7 +205,7 @@ def backward(
         0 if dd is None else dd.data_ptr(),
         gu.shape[0],
         gu.shape[1],
-        _CODES[gu.dtype],
+        TYPE_CODES[gu.dtype],
         torch.get_num_threads(),
         _AUTO,
     )
@@ -258,7 +251,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
-    code = _CODES[x.dtype]
+    code = TYPE_CODES[x.dtype]
     _native.linear(
         x.data_ptr(),
         x.stride(0),
@@ -300,7 +293,7 @@ def _scale_rows(
         0 if scale is None else scale.data_ptr(),
         h.shape[0],
         h.shape[1],
-        _CODES[h.dtype],
+        TYPE_CODES[h.dtype],
         torch.get_num_threads(),
         _AUTO,
     )
@@ -344,13 +337,13 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
         end = begin + piece.shape[0]
         _native.dequantise(
             stored.data_ptr() + begin * cols,
-            _CODES[b.dtype],
+            TYPE_CODES[b.dtype],
             0,
             0,
             piece.data_ptr(),
             piece.shape[0],
             cols,
-            _CODES[a.dtype],
+            TYPE_CODES[a.dtype],
             torch.get_num_threads(),
             _AUTO,
         )

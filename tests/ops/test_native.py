@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from t2kernels.ops import native, reference
+from t2kernels.ops.layout import TYPE_CODES
 from t2kernels.quantized import FACTOR_KINDS
 from t2kernels.testing import (
     Inputs,
@@ -289,8 +290,8 @@ def test_dequantise(isa, dtype, axis, kind) -> None:
     scale = torch.rand(37 if axis == 0 else 83)
     out = torch.full((37, 83), float("nan"), dtype=dtype)
     _native.dequantise(
-        q.data_ptr(), native._CODES[q.dtype], scale.data_ptr(), axis, out.data_ptr(), 37, 83,
-        native._CODES[dtype], 2, native._AUTO,
+        q.data_ptr(), TYPE_CODES[q.dtype], scale.data_ptr(), axis, out.data_ptr(), 37, 83,
+        TYPE_CODES[dtype], 2, native._AUTO,
     )  # fmt: skip
     want = (q.float() * (scale[:, None] if axis == 0 else scale)).to(dtype)
     assert torch.equal(out, want)
@@ -309,7 +310,7 @@ def test_conversions_round_like_torch(isa, dtype) -> None:
     out = torch.empty_like(h)
     _native.scale_rows(
         h.data_ptr(), r, out.data_ptr(), r, d.data_ptr(), r, 1, 0, 0, 0, 1, r,
-        native._CODES[dtype], 1, native._AUTO,
+        TYPE_CODES[dtype], 1, native._AUTO,
     )  # fmt: skip
     want = (h.float() * d).to(dtype)
     assert torch.equal(out.isnan(), want.isnan())
@@ -368,7 +369,7 @@ def test_nothing_outside_is_touched(isa, decode, dtype, factors) -> None:
             x, U, d, base, slot, bias = map(put, (i.x, i.U, i.d, i.base, i.slot, i.bias))
             scale = None if i.scale is None else put(i.scale)
             address = 0 if scale is None else scale.data_ptr()
-            codes = native._CODES[dtype], native._CODES[U.dtype]
+            codes = TYPE_CODES[dtype], TYPE_CODES[U.dtype]
             _native.svf_forward(
                 x.data_ptr(), n, U.data_ptr(), Vh.data_ptr(), d.data_ptr(), r, 2, slot.data_ptr(),
                 base.data_ptr(), bias.data_ptr(), address, y.data_ptr(), h.data_ptr(),
