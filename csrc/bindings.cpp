@@ -54,6 +54,9 @@ void bind_cpu(py::module_& m) {
   m.def("svf_forward", &svf_forward, Unlocked(), arg("x"), arg("x_stride"), arg("U"), arg("V"), arg("d"),
         arg("d_stride"), arg("slots"), arg("slot"), arg("base"), arg("bias"), arg("scale"), arg("y"), arg("h"),
         arg("T"), arg("n"), arg("r"), arg("m"), arg("x_dtype"), arg("w_dtype"), arg("n_threads"), arg("isa"));
+  m.def("svf_group", &svf_group, Unlocked(), arg("x"), arg("x_stride"), arg("U"), arg("V"), arg("d"), arg("d_stride"),
+        arg("slots"), arg("slot"), arg("base"), arg("bias"), arg("scale"), arg("y"), arg("T"), arg("n"), arg("r"),
+        arg("m"), arg("x_dtype"), arg("w_dtype"), arg("n_threads"), arg("isa"));
   m.def("linear", &linear, Unlocked(), arg("x"), arg("x_stride"), arg("W"), arg("bias"), arg("y"), arg("T"), arg("n"),
         arg("m"), arg("x_dtype"), arg("w_dtype"), arg("n_threads"), arg("isa"));
   m.def("scale_rows", &scale_rows, Unlocked(), arg("h"), arg("h_stride"), arg("out"), arg("out_stride"), arg("d"),

@@ -6,15 +6,17 @@ most twice what plain torch errs in the same dtype, plus a small floor (``error_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 from .ops import reference
+from .ops.layout import member_calls
 from .quantized import FACTOR_KINDS
 
 # Sizes with a reason: 1 (degenerate), 17 (one past a power of two), 63 (one short of a tile),
@@ -104,6 +106,66 @@ def make_inputs(
     moved = [None if t is None else t.to(device) for t in (x, U, Vh, d, base, slot, b, scale)]
     x, U, Vh, d, base, slot, b, scale = moved  # type: ignore[assignment]
     return Inputs(x, U, Vh.t(), d, base, slot, b, scale)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Arguments of one call for layers that share x; see ``reference.forward_group``."""
+
+    x: Tensor
+    Us: tuple[Tensor, ...]
+    V: Tensor
+    d: Tensor
+    base: Tensor
+    slot: Tensor | None
+    biases: tuple[Tensor | None, ...]
+    scale: Tensor | None = None
+
+    def args(self) -> tuple[Any, ...]:
+        """In the order of ``forward_group``."""
+        return (self.x, self.Us, self.V, self.d, self.base, self.slot, self.biases, self.scale)
+
+    def members(self) -> list[Inputs]:
+        """The same layers one by one, on the same memory."""
+        return [Inputs(*call) for call in member_calls(*self.args())]
+
+
+def make_group(
+    tokens: int,
+    in_features: int,
+    out_features: Sequence[int],
+    ranks: Sequence[int],
+    *,
+    slots: int = 0,
+    bias: Sequence[bool] = (),
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    factors: str | None = None,
+) -> Group:
+    """Random inputs for layers that share x, made as by ``make_inputs``.
+
+    ``bias`` says which members have one; those it does not reach have.
+    """
+    with_bias = [*bias, *[True] * len(ranks)]
+    members = [
+        make_inputs(
+            tokens, in_features, m, r, slots=slots, bias=with_bias[i], dtype=dtype, device=device,
+            seed=seed + i, factors=factors,
+        )
+        for i, (m, r) in enumerate(zip(out_features, ranks))
+    ]  # fmt: skip
+    scales = [member.scale for member in members if member.scale is not None]
+    return Group(
+        x=members[0].x,
+        Us=tuple(member.U for member in members),
+        V=torch.cat([member.V.t() for member in members]).t(),
+        d=torch.cat([member.d for member in members], -1),
+        base=torch.cat([member.base for member in members]),
+        slot=members[0].slot,
+        biases=tuple(member.bias for member in members),
+        scale=torch.cat(scales) if scales else None,
+    )
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:

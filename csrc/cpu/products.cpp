@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "diagonal.h"
 #include "select.h"
@@ -48,32 +49,49 @@ std::int64_t tokens_per_pass(const Kernel& k, std::int64_t width, std::int64_t T
   return std::min(T, std::max<std::int64_t>(1, tokens / k.token_tile) * k.token_tile);
 }
 
+// A second product: y = act[:, column : column + k] weight^T + bias.
+struct Second {
+  const char* weight;  // (m, k)
+  const void* bias;
+  char* y;  // (T, m)
+  std::int64_t m, k, column;
+};
+
 struct Job {
   const Kernel* kernel;
   const char* x;
   std::int64_t x_stride, x_bytes, w_bytes;
-  const char *U, *V;  // U null: one product only
-  const void* bias;
-  char *y, *h;
-  std::int64_t T, n, r, m;
+  const char* V;  // null: no first product, the second one reads x
+  std::vector<Second> second;
+  char* h;
+  std::int64_t T, n, r;
   std::int64_t block;      // tokens per pass
   char *packed, *hidden;   // scratch
   std::int64_t packed_stride, hidden_stride;
   Diagonal diagonal;
 };
 
+Range rows_of(const Second& second, const Job& job, const Member& me) {
+  return share(second.m, job.kernel->row_unit, me.index, me.size);
+}
+
+// The weights that a thread reads first in a second product, or null.
+const char* first_weights(const Second& second, const Job& job, const Member& me) {
+  const Range rows = rows_of(second, job, me);
+  return rows.begin < rows.end ? second.weight + rows.begin * second.k * job.w_bytes : nullptr;
+}
+
 // Every member runs this. Per block of tokens: pack x (if the kernel wants another type), first product, second
-// product, with a barrier between.
+// products, with a barrier between.
 void run_job(const Member& me, void* context) {
   const Job& job = *static_cast<const Job*>(context);
   const Kernel& k = *job.kernel;
   const Range hidden_rows = share(job.r, k.row_unit, me.index, me.size);
-  const Range output_rows = share(job.m, k.row_unit, me.index, me.size);
   for (std::int64_t t = 0; t < job.T; t += job.block) {
     const std::int64_t tokens = std::min(job.block, job.T - t);
     if (t > 0) me.sync();
     Product p{};
-    p.act = job.x + t * job.x_stride * job.x_bytes;
+    const char* act = job.x + t * job.x_stride * job.x_bytes;
     p.act_stride = job.x_stride;
     p.T = tokens;
     if (job.packed) {
@@ -82,12 +100,12 @@ void run_job(const Member& me, void* context) {
         k.pack(job.x + ((t + row) * job.x_stride + part.begin) * job.x_bytes,
                job.packed + (row * job.packed_stride + part.begin) * k.act_bytes, part.end - part.begin);
       }
-      p.act = job.packed;
+      act = job.packed;
       p.act_stride = job.packed_stride;
       me.sync();
     }
-    if (job.U) {
-      const char* const first_of_output = job.U + output_rows.begin * job.r * job.w_bytes;
+    if (job.V) {
+      p.act = act;
       p.weight = job.V;
       p.k = job.n;
       p.rows = job.r;
@@ -96,36 +114,70 @@ void run_job(const Member& me, void* context) {
       p.out_act_stride = job.hidden_stride;
       p.diagonal = job.diagonal;
       if (p.diagonal.rows) p.diagonal.rows += t;
-      p.next = output_rows.begin < output_rows.end ? first_of_output : nullptr;
+      p.next = first_weights(job.second.front(), job, me);
       k.hidden(p, hidden_rows.begin, hidden_rows.end);
       me.sync();
-      p.act = job.hidden;
+      act = job.hidden;
       p.act_stride = job.hidden_stride;
     }
-    p.weight = job.U ? job.U : job.V;
-    p.k = job.U ? job.r : job.n;
-    p.rows = job.m;
-    p.bias = job.bias;
-    p.y = job.y + t * job.m * job.x_bytes;
-    p.next = nullptr;
-    k.output(p, output_rows.begin, output_rows.end);
+    for (std::size_t i = 0; i < job.second.size(); ++i) {
+      const Second& second = job.second[i];
+      const Range rows = rows_of(second, job, me);
+      p.act = act + second.column * k.act_bytes;
+      p.weight = second.weight;
+      p.k = second.k;
+      p.rows = second.m;
+      p.bias = second.bias;
+      p.y = second.y + t * second.m * job.x_bytes;
+      p.next = i + 1 < job.second.size() ? first_weights(job.second[i + 1], job, me) : nullptr;
+      k.output(p, rows.begin, rows.end);
+    }
   }
 }
 
 void start_job(Job& job, int n_threads) {
   const Kernel& k = *job.kernel;
-  const std::int64_t width = job.U ? std::max(job.n, job.r) : job.n;
-  job.block = tokens_per_pass(k, width, job.T);
+  job.block = tokens_per_pass(k, std::max(job.n, job.r), job.T);
   job.packed_stride = (job.n + 63) / 64 * 64;
   job.hidden_stride = (job.r + 63) / 64 * 64;
   const std::size_t packed = k.x_is_act ? 0 : padded(job.block * job.packed_stride * k.act_bytes);
-  const std::size_t hidden = job.U ? padded(job.block * job.hidden_stride * k.act_bytes) : 0;
+  const std::size_t hidden = padded(job.block * job.hidden_stride * k.act_bytes);
   char* memory = scratch.reserve(packed + hidden);
   job.packed = k.x_is_act ? nullptr : memory;
   job.hidden = memory + packed;
-  const std::int64_t bytes = (job.n * (job.U ? job.r : job.m) + (job.U ? job.r * job.m : 0)) * job.w_bytes;
+  std::int64_t weights = job.n * job.r;
+  for (const Second& second : job.second) weights += second.k * second.m;
   // More tokens are more work per byte of weights.
-  run_team(useful_threads(n_threads, bytes * std::max<std::int64_t>(1, job.T / 8)), run_job, &job);
+  const std::int64_t bytes = weights * job.w_bytes * std::max<std::int64_t>(1, job.T / 8);
+  run_team(useful_threads(n_threads, bytes), run_job, &job);
+}
+
+// A job without its second products. Checks what all jobs have in common.
+Job job_over(Address x, std::int64_t x_stride, std::int64_t T, std::int64_t n, int x_dtype, int w_dtype, int isa) {
+  const KernelTable& functions = table(isa);
+  check_dtype("x_dtype", x_dtype);
+  if (w_dtype != x_dtype && !is_eight_bit(w_dtype)) {
+    refuse("w_dtype must equal x_dtype or be 3 (int8) or 4 (fp8), got " + std::to_string(w_dtype) + " with x_dtype " +
+           std::to_string(x_dtype));
+  }
+  check_size("T", T, 0);
+  check_size("n", n, 1);
+  Job job{};
+  job.kernel = (w_dtype == kI8 ? functions.int8 : w_dtype == kF8 ? functions.fp8 : functions.same) + x_dtype;
+  job.x = pointer<const char>(x);
+  job.x_stride = x_stride;
+  job.x_bytes = bytes_of(x_dtype);
+  job.w_bytes = bytes_of(w_dtype);
+  job.T = T;
+  job.n = n;
+  return job;
+}
+
+// The next second product; reads the columns after those of the one before.
+void add_second(Job& job, Address weight, Address bias, Address y, std::int64_t k, std::int64_t m) {
+  check_size("m", m, 1);
+  const std::int64_t column = job.second.empty() ? 0 : job.second.back().column + job.second.back().k;
+  job.second.push_back({pointer<const char>(weight), pointer<const void>(bias), pointer<char>(y), m, k, column});
 }
 
 }  // namespace
@@ -136,59 +188,46 @@ void svf_forward(Address x, std::int64_t x_stride, Address U, Address V, Address
                  std::int64_t slots, Address slot, Address base, Address bias, Address scale, Address y, Address h,
                  std::int64_t T, std::int64_t n, std::int64_t r, std::int64_t m, int x_dtype, int w_dtype,
                  int n_threads, int isa) {
-  const KernelTable& functions = table(isa);
-  check_dtype("x_dtype", x_dtype);
-  if (w_dtype != x_dtype && !is_eight_bit(w_dtype)) {
-    refuse("w_dtype must equal x_dtype or be 3 (int8) or 4 (fp8), got " + std::to_string(w_dtype) + " with x_dtype " +
-           std::to_string(x_dtype));
-  }
-  check_size("T", T, 0);
-  check_size("n", n, 1);
+  Job job = job_over(x, x_stride, T, n, x_dtype, w_dtype, isa);
   check_size("r", r, 1);
-  check_size("m", m, 1);
+  add_second(job, U, bias, y, r, m);
   if (T == 0) return;
   const DiagonalRows diagonal(d, d_stride, slots, slot, base, scale, T, r);
-  Job job{};
-  job.kernel = (w_dtype == kI8 ? functions.int8 : w_dtype == kF8 ? functions.fp8 : functions.same) + x_dtype;
-  job.x = pointer<const char>(x);
-  job.x_stride = x_stride;
-  job.x_bytes = bytes_of(x_dtype);
-  job.w_bytes = bytes_of(w_dtype);
-  job.U = pointer<const char>(U);
   job.V = pointer<const char>(V);
-  job.bias = pointer<const void>(bias);
-  job.y = pointer<char>(y);
   job.h = pointer<char>(h);
-  job.T = T;
-  job.n = n;
   job.r = r;
-  job.m = m;
+  job.diagonal = diagonal.view;
+  start_job(job, n_threads);
+}
+
+void svf_group(Address x, std::int64_t x_stride, const std::vector<Address>& U, Address V, Address d,
+               std::int64_t d_stride, std::int64_t slots, Address slot, Address base, const std::vector<Address>& bias,
+               Address scale, const std::vector<Address>& y, std::int64_t T, std::int64_t n,
+               const std::vector<std::int64_t>& r, const std::vector<std::int64_t>& m, int x_dtype, int w_dtype,
+               int n_threads, int isa) {
+  Job job = job_over(x, x_stride, T, n, x_dtype, w_dtype, isa);
+  const std::size_t members = U.size();
+  if (members == 0 || bias.size() != members || y.size() != members || r.size() != members || m.size() != members) {
+    refuse("U, bias, y, r and m must have one entry for each member of the group, and at least one");
+  }
+  for (std::size_t i = 0; i < members; ++i) {
+    check_size("r", r[i], 1);
+    add_second(job, U[i], bias[i], y[i], r[i], m[i]);
+    job.r += r[i];
+  }
+  if (T == 0) return;
+  const DiagonalRows diagonal(d, d_stride, slots, slot, base, scale, T, job.r);
+  job.V = pointer<const char>(V);
   job.diagonal = diagonal.view;
   start_job(job, n_threads);
 }
 
 void linear(Address x, std::int64_t x_stride, Address W, Address bias, Address y, std::int64_t T, std::int64_t n,
             std::int64_t m, int x_dtype, int w_dtype, int n_threads, int isa) {
-  const KernelTable& functions = table(isa);
-  check_dtype("x_dtype", x_dtype);
   if (w_dtype != x_dtype) refuse("w_dtype must equal x_dtype = " + std::to_string(x_dtype) + ", got " + std::to_string(w_dtype));
-  check_size("T", T, 0);
-  check_size("n", n, 1);
-  check_size("m", m, 1);
-  if (T == 0) return;
-  Job job{};
-  job.kernel = &functions.same[x_dtype];
-  job.x = pointer<const char>(x);
-  job.x_stride = x_stride;
-  job.x_bytes = bytes_of(x_dtype);
-  job.w_bytes = job.x_bytes;
-  job.V = pointer<const char>(W);
-  job.bias = pointer<const void>(bias);
-  job.y = pointer<char>(y);
-  job.T = T;
-  job.n = n;
-  job.m = m;
-  start_job(job, n_threads);
+  Job job = job_over(x, x_stride, T, n, x_dtype, w_dtype, isa);
+  add_second(job, W, bias, y, n, m);
+  if (T > 0) start_job(job, n_threads);
 }
 
 }  // namespace t2::cpu

@@ -50,6 +50,15 @@ void svf_forward(Address x, std::int64_t x_stride, Address U, Address V, Address
                  std::int64_t slots, Address slot, Address base, Address bias, Address scale, Address y, Address h, std::int64_t T,
                  std::int64_t n, std::int64_t r, std::int64_t m, int x_dtype, int w_dtype, int n_threads, int isa);
 
+// Layers that share x. Their V are stored one under another (R, n), R = the sum of their ranks, their d, base and scale
+// beside each other (R columns); member i has U[i] (m[i], r[i]), bias[i] (m[i],) or 0, y[i] (T, m[i]). One parallel
+// region: the first product once, then every member's second one. A member's bits are those of svf_forward for it alone.
+void svf_group(Address x, std::int64_t x_stride, const std::vector<Address>& U, Address V, Address d,
+               std::int64_t d_stride, std::int64_t slots, Address slot, Address base, const std::vector<Address>& bias,
+               Address scale, const std::vector<Address>& y, std::int64_t T, std::int64_t n,
+               const std::vector<std::int64_t>& r, const std::vector<std::int64_t>& m, int x_dtype, int w_dtype,
+               int n_threads, int isa);
+
 // y = x W^T + bias: x (T, n) row stride x_stride, W (m, n) contiguous, y (T, m) contiguous. Same kernel, same
 // promise about bits. w_dtype == x_dtype.
 void linear(Address x, std::int64_t x_stride, Address W, Address bias, Address y, std::int64_t T, std::int64_t n,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -18,6 +19,33 @@ TYPE_CODES = {
     torch.int8: 3,
     torch.float8_e4m3fn: 4,
 }
+
+
+# Layers in one group, for every compiled backend: q, k, v and one more.
+MAX_MEMBERS = 4
+
+
+def columns(Us: Sequence[Tensor]) -> list[slice]:
+    """Each member's columns of a group's V, d, base and scale: side by side, in order."""
+    ends = accumulate(U.shape[1] for U in Us)
+    return [slice(end - U.shape[1], end) for U, end in zip(Us, ends)]
+
+
+def member_calls(
+    x: Tensor,
+    Us: Sequence[Tensor],
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None,
+    biases: Sequence[Tensor | None],
+    scale: Tensor | None,
+) -> Iterator[
+    tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+]:
+    """A group's members as calls of their own: what ``forward`` takes, for each."""
+    for U, bias, c in zip(Us, biases, columns(Us)):
+        yield x, U, V[:, c], d[..., c], base[c], slot, bias, None if scale is None else scale[c]
 
 
 def unfit(
@@ -63,4 +91,40 @@ def unfit(
         return f"bias is {bias.dtype}; expected a contiguous vector of {dtype}"
     if scale is not None and (scale.dtype is not torch.float32 or not scale.is_contiguous()):
         return f"scale is {scale.dtype}; expected a contiguous float32 vector"
+    return None
+
+
+def unfit_group(
+    x: Tensor,
+    Us: Sequence[Tensor],
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None,
+    biases: Sequence[Tensor | None],
+    scale: Tensor | None,
+    floats: Container[torch.dtype] = FLOATS,
+    kinds: Sequence[str] = ("int8",),
+) -> str | None:
+    """``unfit`` for layers that share x: V and what goes with it hold all members' columns."""
+    if not 1 <= len(Us) <= MAX_MEMBERS:
+        return f"the group has {len(Us)} members; 1 to {MAX_MEMBERS} are needed"
+    reason = unfit(x, Us[0], V, d, base, slot, biases[0], scale, floats, kinds)
+    for i in range(1, len(Us)):
+        if reason is not None:
+            break
+        reason = _unfit_member(x.dtype, V.dtype, Us[i], biases[i])
+        reason = reason and f"member {i}: {reason}"
+    return reason
+
+
+def _unfit_member(
+    dtype: torch.dtype, factors: torch.dtype, U: Tensor, bias: Tensor | None
+) -> str | None:
+    if U.dtype is not factors:
+        return f"U is {U.dtype}; expected {factors} like the group's V"
+    if not U.is_contiguous():
+        return "U must be a contiguous (m, r) matrix"
+    if bias is not None and (bias.dtype is not dtype or not bias.is_contiguous()):
+        return f"bias is {bias.dtype}; expected a contiguous vector of {dtype}"
     return None

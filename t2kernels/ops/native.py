@@ -7,12 +7,14 @@ between is ours. The point of change is measured, per dtype: see the constants.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..quantized import FACTOR_KINDS, is_eight_bit
 from . import torch_backend
-from .layout import FLOATS, TYPE_CODES, unfit
+from .layout import FLOATS, TYPE_CODES, columns, unfit, unfit_group
 
 try:
     from .. import _native  # type: ignore[attr-defined]
@@ -104,11 +106,35 @@ def unavailable(
     scale: Tensor | None,
 ) -> str | None:
     """Why this call cannot run here, or None."""
+    return _absent(x, V) or unfit(x, U, V, d, base, slot, bias, scale, kinds=_KINDS)
+
+
+def group_unavailable(
+    x: Tensor,
+    Us: Sequence[Tensor],
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None,
+    biases: Sequence[Tensor | None],
+    scale: Tensor | None,
+) -> str | None:
+    """Why ``forward_group`` cannot run this call, or None."""
+    return _absent(x, V) or unfit_group(x, Us, V, d, base, slot, biases, scale, kinds=_KINDS)
+
+
+def _absent(x: Tensor, weight: Tensor) -> str | None:
     if _MISSING is not None:
         return _MISSING
-    if x.device.type != "cpu" or U.device.type != "cpu":
+    if x.device.type != "cpu" or weight.device.type != "cpu":
         return f"x is on {x.device}, the native backend runs on the cpu"
-    return unfit(x, U, V, d, base, slot, bias, scale, kinds=_KINDS)
+    return None
+
+
+def _by_library(
+    tokens: int, dtype: torch.dtype, factors: torch.dtype, batch_invariant: bool
+) -> bool:
+    return not batch_invariant and tokens > DECODE_TOKENS[dtype, factors]
 
 
 def forward(
@@ -131,7 +157,7 @@ def forward(
     """
     tokens, n = x.shape
     m, r = U.shape
-    if not batch_invariant and tokens > DECODE_TOKENS[x.dtype, U.dtype]:
+    if _by_library(tokens, x.dtype, U.dtype, batch_invariant):
         return _forward_library(x, U, V, d, base, slot, bias, scale, save_h)
     y = torch.empty((tokens, m), dtype=x.dtype)
     h = torch.empty((tokens, r), dtype=x.dtype) if save_h else None
@@ -159,6 +185,53 @@ def forward(
         _AUTO,
     )
     return y, h
+
+
+def forward_group(
+    x: Tensor,
+    Us: Sequence[Tensor],
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None,
+    biases: Sequence[Tensor | None],
+    scale: Tensor | None,
+    *,
+    batch_invariant: bool = False,
+) -> list[Tensor]:
+    """Layers that share x, in one parallel region; see ``reference.forward_group`` for shapes.
+
+    Where the kernels are ours a member's bits are those of ``forward`` for it alone.
+    """
+    tokens, n = x.shape
+    if _by_library(tokens, x.dtype, V.dtype, batch_invariant):
+        h = _product(x, V)
+        _scale_rows(h, h, d, base, slot, scale)
+        return [_expand(h[:, c], U, bias) for U, bias, c in zip(Us, biases, columns(Us))]
+    ys = [torch.empty((tokens, U.shape[0]), dtype=x.dtype) for U in Us]
+    _native.svf_group(
+        x.data_ptr(),
+        x.stride(0),
+        [U.data_ptr() for U in Us],
+        V.data_ptr(),
+        d.data_ptr(),
+        d.stride(0),
+        1 if slot is None else d.shape[0],
+        0 if slot is None else slot.data_ptr(),
+        base.data_ptr(),
+        [0 if bias is None else bias.data_ptr() for bias in biases],
+        0 if scale is None else scale.data_ptr(),
+        [y.data_ptr() for y in ys],
+        tokens,
+        n,
+        [U.shape[1] for U in Us],
+        [U.shape[0] for U in Us],
+        TYPE_CODES[x.dtype],
+        TYPE_CODES[V.dtype],
+        torch.get_num_threads(),
+        _AUTO,
+    )
+    return ys
 
 
 def backward(
@@ -214,10 +287,9 @@ def backward(
 
 def linear_unavailable(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
     """Why ``linear`` cannot run this call, or None."""
-    if _MISSING is not None:
-        return _MISSING
-    if x.device.type != "cpu" or weight.device.type != "cpu":
-        return f"x is on {x.device}, the native backend runs on the cpu"
+    reason = _absent(x, weight)
+    if reason is not None:
+        return reason
     if x.dtype != weight.dtype or x.dtype not in FLOATS:
         return f"x and weight have dtypes {x.dtype} and {weight.dtype}"
     if bias is not None and bias.dtype != x.dtype:
@@ -314,10 +386,14 @@ def _forward_library(
     h = _product(x, V)
     hd = torch.empty_like(h) if save_h else h
     _scale_rows(h, hd, d, base, slot, scale)
+    return _expand(hd, U, bias), h if save_h else None
+
+
+def _expand(hd: Tensor, U: Tensor, bias: Tensor | None) -> Tensor:
     y = _product(hd, U.t())
     if bias is not None:
         y += bias
-    return y, h if save_h else None
+    return y
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

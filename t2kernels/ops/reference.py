@@ -6,8 +6,12 @@ fast: each intermediate is kept in the accumulation dtype and rounded where the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from .layout import member_calls
 
 NAME = "reference"
 
@@ -72,6 +76,43 @@ def forward(
     if bias is not None:
         y = y + bias.to(acc)
     return y.to(x.dtype), h.to(x.dtype) if save_h else None
+
+
+def group_unavailable(
+    x: Tensor,
+    Us: Sequence[Tensor],
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None,
+    biases: Sequence[Tensor | None],
+    scale: Tensor | None,
+) -> str | None:
+    """The reference runs every group."""
+    return None
+
+
+def forward_group(
+    x: Tensor,
+    Us: Sequence[Tensor],
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None,
+    biases: Sequence[Tensor | None],
+    scale: Tensor | None,
+    *,
+    batch_invariant: bool = False,
+) -> list[Tensor]:
+    """Layers that share x: y_i = ((x V_i) * d_row_i) U_iᵀ + bias_i for every member i.
+
+    V (n, R) holds the members' V side by side (stored one under another, as (R, n)), and so do d
+    (R,) or (slots, R), base (R,) and scale (R,): R is the sum of the ranks. ``Us`` are (m_i, r_i),
+    ``biases`` (m_i,) or None; returns the y_i (T, m_i). By definition each is the member's own
+    ``forward``; what a backend may share is the reading of x and the launches.
+    """
+    calls = member_calls(x, Us, V, d, base, slot, biases, scale)
+    return [forward(*call, batch_invariant=batch_invariant)[0] for call in calls]
 
 
 def backward(
