@@ -15,6 +15,7 @@ from .diagonal import effective_diagonal as effective_diagonal
 from .diagonal import effective_multiplier as effective_multiplier
 from .diagonal import mix as mix
 from .expert import Expert as Expert
+from .expert import Truncation as Truncation
 from .explain import Explanation as Explanation
 from .explain import explain as explain
 from .files import CorruptFileError as CorruptFileError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -166,12 +166,47 @@ class Expert:
                 )
             rank = int(layer.rank)  # type: ignore[arg-type]
             if z.shape[0] > rank or (z.shape[0] < rank and not same):
+                remedy = " truncated(model) cuts it and reports the error's bound." if same else ""
                 raise ValueError(
                     f"this expert has {z.shape[0]} values for layer {name!r}, which has rank "
-                    f"{rank}. It was made for another model or rank."
+                    f"{rank}. It was made for another model or rank.{remedy}"
                 )
             out[name] = torch.cat([z, torch.ones(rank - z.shape[0])])
         return out
+
+    @torch.no_grad()
+    def truncated(self, model: nn.Module) -> Truncation:
+        """This expert cut to the components that the model's layers keep, and what that costs.
+
+        For a model converted with ``rank=k``: there W′ = W + U_k·diag(σ_k⊙(z_k − 1))·V_kᵀ, so a
+        component i ≥ k that the expert scales stays as it is in W, and
+        ‖W′ − W′_k‖₂ = max_{i ≥ k} |σ_i (z_i − 1)| ≤ σ_k max_{i ≥ k} |z_i − 1|,
+        σ_k being the smallest value kept. Layers of the expert's own rank are left as they are.
+
+        Raises:
+            ValueError: the expert is of another model or of another base weight.
+        """
+        layers = converted_layers(model)
+        cut, bounds = {}, {}
+        for name, z in self.z.items():
+            layer = layers.get(name)
+            rank = z.shape[0] if layer is None else int(layer.rank)
+            cut[name], bounds[name] = z[:rank], 0.0
+            if layer is not None and rank < z.shape[0]:
+                if self.fingerprints.get(name) != layer.fingerprint:
+                    raise ValueError(
+                        f"Expert.truncated: z[{name!r}] has {z.shape[0]} values of another base "
+                        f"weight, or of one unknown; the model's layer keeps {rank} of its own. "
+                        "Load the model that the expert was trained on."
+                    )
+                S = layer.factors.S.cpu()
+                share = float(S.min() / S.max()) if float(S.max()) else 0.0
+                bounds[name] = share * float((z[rank:] - 1).abs().max())
+        expert = Expert(
+            cut, dict(self.fingerprints), self.base_model, self.description, dict(self.metadata)
+        )
+        expert.fitted(layers)
+        return Truncation(expert, bounds)
 
     def save(self, path: str | Path) -> None:
         """One safetensors file, written whole or not at all (an old file stays on any error)."""
@@ -251,3 +286,17 @@ class Expert:
             f"|z - 1| mean {float((values - 1).abs().mean()):.4f}, "
             f"base_model={self.base_model!r}, description={self.description!r})"
         )
+
+
+class Truncation(NamedTuple):
+    """``expert``: with as many components per layer as the model keeps. ``bounds``: for each layer
+    an upper bound on ‖W′ − W′_k‖₂ / ‖W‖₂, that is on the error of its output relative to
+    ‖W‖₂·‖x‖; 0 where the cut is exact. Errors of several layers add up downstream."""
+
+    expert: Expert
+    bounds: dict[str, float]
+
+    @property
+    def worst(self) -> float:
+        """The largest bound."""
+        return max(self.bounds.values())

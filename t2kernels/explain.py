@@ -58,8 +58,11 @@ def explain(layer: SVFLinear, x: Tensor) -> Explanation:
     delta = not layer.full_rank
     scale = f.scale if isinstance(f, QuantizedFactors) else None
     x2 = x.reshape(-1, layer.in_features)
-    bias = None if delta else layer.bias
-    choice = dispatch.choose(x2, f.U, f.V, d.detach(), f.S, slot, bias, scale)
+    if delta and layer.weight is not None:
+        W = layer.weight.t() if layer.transposed else layer.weight
+        choice = dispatch.choose_delta(x2, W, f.U, f.V, d.detach(), f.S, slot, layer.bias, scale)
+    else:
+        choice = dispatch.choose(x2, f.U, f.V, d.detach(), f.S, slot, layer.bias, scale)
     if delta:
         why += f"; {layer.rank} components ride on the stored weight"
     if isinstance(f, QuantizedFactors):

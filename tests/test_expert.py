@@ -242,3 +242,52 @@ def test_a_bank_saves_and_loads_a_folder(tmp_path):
     assert json.loads(json.dumps(again.names)) == ["code", "math"]
     with pytest.raises(FileNotFoundError):
         again.load(tmp_path / "nothing")
+
+
+def low_rank_copy(rank):
+    """The model of ``make_model`` with ``rank`` components on top of its weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    t2k.convert(model, rank=rank)
+    return model
+
+
+def test_a_cut_expert_says_what_the_cut_may_cost():
+    full, low = make_model(), low_rank_copy(2)
+    expert = random_expert(full)
+    with pytest.raises(ValueError, match=r"truncated\(model\)"):
+        t2k.ExpertBank(low).add("a", expert)
+    cut, bounds = expert.truncated(low)
+    t2k.ExpertBank(low).add("a", cut)
+    cut.apply_to(low)
+    for name, layer in t2k.svf_layers(full).items():
+        f, z = layer.factors, expert.z[name]
+        left_out = (f.S[2:] * (z[2:] - 1)).abs().max() / f.S[0]
+        assert 0 < left_out <= bounds[name]
+        assert bounds[name] == pytest.approx(float(f.S[1] / f.S[0] * (z[2:] - 1).abs().max()))
+        # Outputs, too: of any input, and of those that the left out components answer.
+        wide = f.U @ torch.diag(f.S * z) @ f.V.T
+        x = torch.randn(100, layer.in_features)
+        x = torch.cat([x, f.V[:, 2:].T])
+        y = t2k.svf_layers(low)[name](x) - layer.bias
+        error = (y - x @ wide.T).norm(dim=1) / (f.S[0] * x.norm(dim=1))
+        assert 0 < error.max() <= bounds[name] * 1.001
+    assert expert.truncated(low).worst == max(bounds.values())
+
+
+def test_a_cut_of_what_was_never_trained_is_exact():
+    low = low_rank_copy(3)
+    expert = random_expert(make_model())
+    for z in expert.z.values():
+        z[3:] = 1
+    assert expert.truncated(low).bounds == {"0": 0.0, "1": 0.0}
+    own = t2k.Expert.from_model(low)
+    assert own.truncated(low).bounds == {"0": 0.0, "1": 0.0}
+
+
+def test_only_components_of_the_same_weight_are_cut():
+    expert, low = random_expert(make_model(seed=1)), low_rank_copy(2)
+    with pytest.raises(ValueError, match="another base weight"):
+        expert.truncated(low)
+    with pytest.raises(ValueError, match="another base weight"):
+        t2k.Expert(expert.z).truncated(low)

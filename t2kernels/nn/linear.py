@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..diagonal import PARAMETRISATIONS, effective_multiplier
 from ..ops import dispatch
-from ..ops.functional import dense, layout, run, under_autocast
+from ..ops.functional import dense, layout, run, run_delta, under_autocast
 from ..quantized import QuantizedFactors, dequantize
 from ..svd import SVDFactors, check_factors, decompose, fingerprint, reconstruct
 from .routing import Route
@@ -323,6 +323,11 @@ class SVFLinear(nn.Module):
         if self.full_rank:
             y = run(x2, self._U, self._Vh, d, S, slot, self.bias, self._scale, self.recompute)
             return y.view(*x.shape[:-1], self.out_features)
+        if self.weight is not None:  # always kept where components are missing
+            W = self.weight.t() if self.transposed else self.weight
+            fused = run_delta(x2, W, self._U, self._Vh, d, S, slot, self.bias, self._scale)
+            if fused is not None:
+                return fused.view(*x.shape[:-1], self.out_features)
         delta = run(
             x2, self._U, self._Vh, d - S, torch.zeros_like(S), slot, None, self._scale,
             self.recompute,

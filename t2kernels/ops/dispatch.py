@@ -24,6 +24,8 @@ _MODULES = {
     "cuda": "cuda",
 }
 BACKENDS = tuple(_MODULES)
+# Those with ``delta`` and ``delta_unavailable``; the policy takes none of them by itself.
+_DELTA_KERNELS = ("triton",)
 _loaded: dict[str, Any] = {}
 
 
@@ -38,10 +40,12 @@ _switches = _Switches()
 
 
 class Choice(NamedTuple):
-    """A backend module and the sentence that says why it was chosen."""
+    """A backend module and the sentence that says why it was chosen. ``fused``: its kernel for the
+    delta form runs, see ``choose_delta``."""
 
     module: Any
     why: str
+    fused: bool = False
 
 
 def load(name: str) -> Any:
@@ -130,3 +134,31 @@ def choose(
         why = "no kernel of this package has been measured on this GPU against torch"
         return Choice(load("torch"), f"{why}; ask for 'cuda' or 'triton' by name")
     return Choice(load("torch"), f"torch is the one backend for {device}")
+
+
+def may_fuse_delta() -> bool:
+    """Whether ``choose_delta`` could say ``fused`` at all: cheap, for the path of every call."""
+    return forced_backend() in _DELTA_KERNELS
+
+
+def choose_delta(
+    x: Tensor,
+    weight: Tensor,
+    U: Tensor,
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+) -> Choice:
+    """The backend for k components on top of a stored weight. Where its module has no kernel that
+    sums both products in one accumulator, or that kernel cannot run the call, ``why`` says so and
+    ``fused`` is False: the two products are computed apart, rounded and added."""
+    module, why, _ = choose(x, U, V, d, base, slot, None, scale)
+    if module.NAME not in _DELTA_KERNELS:
+        return Choice(module, f"{why}; it has no kernel for both products at once")
+    reason = module.delta_unavailable(x, weight, U, V, d, base, slot, bias, scale)
+    if reason is not None:
+        return Choice(module, f"{why}; its kernel for both products cannot run: {reason}")
+    return Choice(module, f"{why}; both products in one accumulator", True)

@@ -13,7 +13,7 @@ from ..diagonal import check_sigma
 from ..quantized import FACTOR_KINDS, QuantizedFactors, is_eight_bit
 from ..svd import SVDFactors
 from . import dispatch
-from .library import product
+from .library import check_slot_values, product
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _EIGHT_BIT = tuple(FACTOR_KINDS.values())
@@ -75,6 +75,42 @@ def run(
     save_h = wants_dd and not recompute
     y, _ = torch.ops.t2kernels.svf_product(x, U, Vh, d, base, slot, bias, scale, save_h, invariant)
     return y
+
+
+def run_delta(
+    x: Tensor,
+    weight: Tensor,
+    U: Tensor,
+    Vh: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+) -> Tensor | None:
+    """x·Wᵀ + x·V·diag(d − σ)·Uᵀ + b of a (T, n) x in one accumulator, for valid arguments.
+
+    None where the two products are to be computed apart: the backend has no such kernel, a gradient
+    is wanted, or somebody (a compiler, autocast) is watching.
+    """
+    if not dispatch.may_fuse_delta() or not _plain_eager(x) or type(weight) not in _PLAIN:
+        return None
+    tensors = (x, weight, d, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return None
+    if under_autocast(x) or forward_ad._current_level >= 0:
+        return None
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    choice = dispatch.choose_delta(x, weight, U, Vh.t(), d, base, slot, bias, scale)
+    if not choice.fused:
+        return None
+    if slot is not None and slot.device.type == "cpu":
+        check_slot_values(slot, d.shape[0])
+    return choice.module.delta(
+        x, weight, U, Vh.t(), d, base, slot, bias, scale,
+        batch_invariant=dispatch.is_batch_invariant(),
+    )  # fmt: skip
 
 
 def _shape(t: Tensor) -> tuple[int, ...]:
@@ -384,7 +420,9 @@ def svf_delta_linear(
         slot, bias, recompute: as in ``svf_linear``.
 
     Returns:
-        y (..., m) in x's dtype. The two parts are rounded to x's dtype before they are added.
+        y (..., m) in x's dtype. Backends with a kernel for it (triton, where no gradient is
+        wanted) sum both products in one accumulator; elsewhere each is rounded to x's dtype
+        before they are added.
 
     Cost: 2nm + 2k(n + m) FLOP a token. Errors as in ``svf_linear``.
 
@@ -413,8 +451,10 @@ def svf_delta_linear(
     scale = fk.scale if isinstance(fk, QuantizedFactors) else None
     S = fk.S.to(dk.dtype)
     slot = _dense_layout(slot)
+    x2 = x.reshape(-1, n)
+    fused = run_delta(x2, weight, U, Vh, _rows(dk), S, slot, _dense_layout(bias), scale)
+    if fused is not None:
+        return fused.view(*x.shape[:-1], m)
     y = dense(x, weight, bias)
-    delta = run(
-        x.reshape(-1, n), U, Vh, _rows(dk - S), torch.zeros_like(S), slot, None, scale, recompute
-    )
+    delta = run(x2, U, Vh, _rows(dk - S), torch.zeros_like(S), slot, None, scale, recompute)
     return y + delta.view(y.shape)

@@ -42,7 +42,13 @@ def test_facts(arch: int, tmp_path: Path) -> None:
     if not (tools / "cuobjdump").exists() or not (tools / "ptxas").exists():
         pytest.skip(f"triton's package has no ptxas or cuobjdump in {tools}")
     kernels = compiled(tmp_path, arch)
-    assert {k["kernel"] for k in kernels.values()} >= {"project", "expand", "gradient", "mix"}
+    assert {k["kernel"] for k in kernels.values()} >= {
+        "project",
+        "expand",
+        "delta",
+        "gradient",
+        "mix",
+    }
     faults = []
     for name, k in kernels.items():
         product = k["tile"] != "-"

@@ -1,4 +1,4 @@
-"""Runs ``triton_interpret_cases.py`` in Triton's interpreter, in a process of its own.
+"""Runs the ``triton_*_cases.py`` in Triton's interpreter, in a process of its own.
 
 Triton decides between compiling and interpreting when a kernel is first imported; a child process
 keeps that decision away from the other tests.
@@ -17,6 +17,7 @@ import pytest
 # Triton 3.6 converts arrays in a way that numpy deprecates, and refuses from 2.4 on.
 OLD_TRITON = "ignore:Conversion of an array with ndim:DeprecationWarning"
 CASES = Path(__file__).with_name("triton_interpret_cases.py")
+DELTA = Path(__file__).with_name("triton_delta_cases.py")
 
 
 def version_of(module: ModuleType) -> tuple[int, ...]:
@@ -36,13 +37,20 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
 
 
 # Parts run beside each other under pytest-xdist.
-@pytest.mark.parametrize("part", ["Forward", "Backward", "Mixing", "Contract"])
-def test_in_interpreter(part: str) -> None:
+@pytest.mark.parametrize(
+    ("part", "cases"),
+    [
+        *((part, CASES) for part in ("Forward", "Backward", "Mixing", "Contract")),
+        ("Delta", DELTA),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_in_interpreter(part: str, cases: Path) -> None:
     triton = pytest.importorskip("triton")
     versions = version_of(triton), version_of(pytest.importorskip("numpy"))
     if versions[0] < (3, 7) and versions[1] >= (2, 4):
         pytest.skip("the interpreter of triton before 3.7 fails with numpy 2.4 and later")
-    chosen = [str(CASES), "-q", "-k", f"Test{part}", "-W", OLD_TRITON, "-p", "no:cacheprovider"]
+    chosen = [str(cases), "-q", "-k", f"Test{part}", "-W", OLD_TRITON, "-p", "no:cacheprovider"]
     result = run(["-m", "pytest", *chosen], TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 

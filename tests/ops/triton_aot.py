@@ -24,7 +24,8 @@ from t2kernels.quantized import FACTOR_KINDS
 POINTER = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "int8": "*i8", "fp8": "*u8"}
 # Arguments that any real layer passes as multiples of 16.
 ALIGNED = {"stride_x", "stride_g", "stride_d", "IN", "INNER", "OUT", "R", "COLS",
-           "stride_b_inner", "stride_b_out", "stride_partial", "stride_out", "stride_z",
+           "stride_b_inner", "stride_b_out", "stride_a", "stride_h", "stride_hd",
+           "stride_w_inner", "stride_w_out", "stride_partial", "stride_out", "stride_z",
            "stride_grad"}  # fmt: skip
 
 
@@ -32,7 +33,7 @@ ALIGNED = {"stride_x", "stride_g", "stride_d", "IN", "INNER", "OUT", "R", "COLS"
 class Case:
     """One kernel as it ships: which arguments are present, which tile, which dtypes."""
 
-    kernel: str  # project | expand | expand_t | gradient | finalise | mix | mix_gradient
+    kernel: str  # project | expand | expand_t | delta | gradient | finalise | mix | mix_gradient
     dtype: str = "bf16"
     tile: str = "LARGE"
     arch: int = 90
@@ -64,7 +65,7 @@ def _arguments(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], dict[st
     """(kernel, type per argument, constants, launch options) of a case."""
     import triton.language as tl
 
-    from t2kernels.ops.triton import _backward, _forward, _mix
+    from t2kernels.ops.triton import _backward, _delta, _forward, _mix
     from t2kernels.ops.triton.common import config
 
     x, w = POINTER[case.dtype], POINTER[case.factors or case.dtype]
@@ -112,6 +113,7 @@ def _arguments(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], dict[st
         launch = config.options(tile)
         if case.kernel == "project":
             kernel = _forward.project_kernel
+            constants["OFFSET"] = False
             types = {"x_ptr": x, "vh_ptr": w, "h_ptr": x, "hd_ptr": x, **diagonal}
         elif case.kernel in ("expand", "expand_t"):
             kernel = _forward.expand_kernel
@@ -119,6 +121,11 @@ def _arguments(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], dict[st
             types = {"a_ptr": x, "b_ptr": w, "bias_ptr": x, "y_ptr": x, unit: 1}
             if case.kernel == "expand_t":
                 types["bias_ptr"] = None
+        elif case.kernel == "delta":
+            kernel = _delta.delta_kernel
+            constants["EVEN_RANK"] = case.even
+            types = {"x_ptr": x, "w_ptr": x, "hd_ptr": x, "u_ptr": w, "bias_ptr": x, "y_ptr": x}
+            types["stride_w_inner"] = 1
         else:
             kernel = _backward.gradient_kernel
             # h of 8-bit factors leaves fp16's range.
@@ -209,6 +216,8 @@ def few_cases(arch: int) -> list[Case]:
         Case("gradient", "bf16", big, arch),
         Case("expand", "bf16", big, arch),
         Case("expand_t", "fp16", big, arch),
+        Case("delta", "bf16", big, arch),
+        Case("delta", "bf16", "DECODE_16", arch),
         Case("project", "bf16", "DECODE_16", arch, slots=True),
         Case("expand", "fp16", "DECODE_64", arch),
         Case("project", "bf16", "LARGE_8BIT", arch, slots=True, factors="int8"),
@@ -234,7 +243,7 @@ def few_cases(arch: int) -> list[Case]:
 def all_cases(arch: int) -> list[Case]:
     """Every kernel in every tile that ships for it."""
     products = [("project", False), ("project", True), ("gradient", False), ("gradient", True)]
-    products += [("expand", False), ("expand_t", False)]
+    products += [("expand", False), ("expand_t", False), ("delta", False)]
     cases = []
     for kernel, slots in products:
         for tile in (large(arch), "MEDIUM", "DECODE_16", "DECODE_32", "DECODE_64"):

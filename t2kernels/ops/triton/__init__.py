@@ -120,6 +120,47 @@ def backward(
     )  # fmt: skip
 
 
+def delta_unavailable(
+    x: Tensor,
+    weight: Tensor,
+    U: Tensor,
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+) -> str | None:
+    """None where ``delta`` can run the call, else a short reason. Never touches the GPU."""
+    if weight.dtype is not x.dtype or weight.device != x.device:
+        return f"the stored weight is {weight.dtype} on {weight.device}; expected it like x"
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        return "the stored weight must have a contiguous axis and no gaps"
+    return unavailable(x, U, V, d, base, slot, bias, scale)
+
+
+def delta(
+    x: Tensor,
+    weight: Tensor,
+    U: Tensor,
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """y = x·Wᵀ + ((x V_k) ⊙ (d_row - σ)) U_kᵀ + bias, rounded once: see ``_delta.delta``."""
+    from ._delta import delta as run
+
+    return run(
+        x, weight, _patterns(U), _patterns(V), d, base, slot, bias, scale,
+        batch_invariant=batch_invariant,
+    )  # fmt: skip
+
+
 def mix(
     S: Tensor,
     Z: Tensor,

@@ -31,10 +31,13 @@ def project_epilogue(
     slot_ptr,
     scale_ptr,
     h_ptr,
+    stride_h,
     hd_ptr,
+    stride_hd,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     CHUNK: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):
     """Store h and h ⊙ d_row, CHUNK columns at a time: gathered in one piece, the diagonal of a
     128 x 256 tile needs as many registers as the tile and spills 568 bytes a thread."""
@@ -43,19 +46,19 @@ def project_epilogue(
         HALF: tl.constexpr = COLS // 2
         project_epilogue(
             left, t, T, r_first, R, d_ptr, stride_d, base_ptr, slot_ptr, scale_ptr,
-            h_ptr, hd_ptr, ROWS, HALF, CHUNK,
+            h_ptr, stride_h, hd_ptr, stride_hd, ROWS, HALF, CHUNK, OFFSET,
         )  # fmt: skip
         project_epilogue(
             right, t, T, r_first + HALF, R, d_ptr, stride_d, base_ptr, slot_ptr, scale_ptr,
-            h_ptr, hd_ptr, ROWS, HALF, CHUNK,
+            h_ptr, stride_h, hd_ptr, stride_hd, ROWS, HALF, CHUNK, OFFSET,
         )  # fmt: skip
     else:
         r = r_first + tl.arange(0, COLS)
         if h_ptr is not None:
-            store_tile(h_ptr, R, t, T, r, R, acc)
+            store_tile(h_ptr, stride_h, t, T, r, R, acc)
         if hd_ptr is not None:
-            rows = diagonal_tile(d_ptr, stride_d, base_ptr, slot_ptr, scale_ptr, t, T, r, R)
-            store_tile(hd_ptr, R, t, T, r, R, acc * rows)
+            rows = diagonal_tile(d_ptr, stride_d, base_ptr, slot_ptr, scale_ptr, t, T, r, R, OFFSET)
+            store_tile(hd_ptr, stride_hd, t, T, r, R, acc * rows)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -68,8 +71,10 @@ def project_kernel(
     base_ptr,  # (R,)
     slot_ptr,  # (T,) int32 or None
     scale_ptr,  # (R,) or None
-    h_ptr,  # (T, R) or None: x V without diagonal and scale
-    hd_ptr,  # (T, R) or None: x V times d_row (and scale)
+    h_ptr,  # (T, R) or None, row stride stride_h: x V without diagonal and scale
+    stride_h,
+    hd_ptr,  # (T, R) or None, row stride stride_hd: x V times d_row (and scale)
+    stride_hd,
     T,
     IN,
     R,
@@ -83,9 +88,10 @@ def project_kernel(
     GROUP: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCKWISE: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):
-    """h = x V, hd = h ⊙ d_row. One program per (BLOCK_T tokens, BLOCK_OUT columns of h); any
-    tile may mix requests, and the grid depends on T alone."""
+    """h = x V, hd = h ⊙ d_row (OFFSET: h ⊙ (d_row - base)). One program per (BLOCK_T tokens,
+    BLOCK_OUT columns of h); any tile may mix requests, and the grid depends on T alone."""
     tile_t, tile_r = tile_index(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(R, BLOCK_OUT), GROUP)
     t = tile_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     r_first = tile_r.to(tl.int64) * BLOCK_OUT
@@ -95,13 +101,14 @@ def project_kernel(
     )  # fmt: skip
     project_epilogue(
         acc, t, T, r_first, R, d_ptr, stride_d, base_ptr, slot_ptr, scale_ptr,
-        h_ptr, hd_ptr, BLOCK_T, BLOCK_OUT, CHUNK,
+        h_ptr, stride_h, hd_ptr, stride_hd, BLOCK_T, BLOCK_OUT, CHUNK, OFFSET,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T"])
 def expand_kernel(
-    a_ptr,  # (T, INNER) contiguous
+    a_ptr,  # (T, INNER), row stride stride_a
+    stride_a,
     b_ptr,  # (INNER, OUT) with strides as below
     stride_b_inner,
     stride_b_out,
@@ -128,7 +135,7 @@ def expand_kernel(
     t = tile_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     o = tile_o.to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     acc = product_tile(
-        a_ptr, INNER, t, T, b_ptr, stride_b_inner, stride_b_out, o, OUT, INNER,
+        a_ptr, stride_a, t, T, b_ptr, stride_b_inner, stride_b_out, o, OUT, INNER,
         ACC, BLOCK_T, BLOCK_OUT, BLOCK_INNER, EVEN_INNER, WEIGHTS_FIRST, UPCAST, BLOCKWISE,
     )  # fmt: skip
     if bias_ptr is not None:
@@ -147,8 +154,10 @@ def project(
     h: Tensor | None,
     hd: Tensor | None,
     batch_invariant: bool = False,
+    offset: bool = False,
 ) -> None:
-    """Write h = x V and hd = h ⊙ d_row into the given (T, r) arrays of x.dtype."""
+    """Write h = x V and hd = h ⊙ d_row into the given (T, r) arrays of x.dtype, whose rows may lie
+    apart; with ``offset`` hd = h ⊙ (d_row - base)."""
     T, IN = x.shape
     R = V.shape[1]
     if T == 0 or R == 0:
@@ -156,8 +165,10 @@ def project(
     tile = config.choose(T, R, x, V, batch_invariant=batch_invariant)
     with config.on_device(x):
         project_kernel[config.grid(tile, T, R)](
-            x, x.stride(0), V, d, d.stride(0) if d.dim() == 2 else 0, base, slot, scale, h, hd,
-            T, IN, R, **config.constants(tile, x, IN), CHUNK=tile.chunk, **config.options(tile),
+            x, x.stride(0), V, d, d.stride(0) if d.dim() == 2 else 0, base, slot, scale,
+            h, R if h is None else h.stride(0), hd, R if hd is None else hd.stride(0), T, IN, R,
+            **config.constants(tile, x, IN), CHUNK=tile.chunk, OFFSET=offset,
+            **config.options(tile),
         )  # fmt: skip
 
 
@@ -170,7 +181,7 @@ def expand(
     batch_invariant: bool = False,
 ) -> Tensor:
     """a @ weightᵀ + bias for a contiguous ``weight`` (OUT, INNER); ``transposed``: a @ weight
-    for a contiguous ``weight`` (INNER, OUT)."""
+    for a contiguous ``weight`` (INNER, OUT). The rows of ``a`` may lie apart."""
     T, INNER = a.shape
     OUT = weight.shape[1] if transposed else weight.shape[0]
     y = torch.empty((T, OUT), dtype=a.dtype, device=a.device)
@@ -180,7 +191,7 @@ def expand(
     tile = config.choose(T, OUT, a, weight, batch_invariant=batch_invariant)
     with config.on_device(a):
         expand_kernel[config.grid(tile, T, OUT)](
-            a, weight, *strides, bias, y, T, INNER, OUT,
+            a, a.stride(0), weight, *strides, bias, y, T, INNER, OUT,
             **config.constants(tile, a, INNER), **config.options(tile),
         )  # fmt: skip
     return y

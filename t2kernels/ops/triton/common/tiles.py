@@ -40,7 +40,20 @@ def widened(b, dtype: tl.constexpr):
 
 
 @triton.jit
-def product_tile(
+def empty_tile(
+    ACC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, WEIGHTS_FIRST: tl.constexpr
+):
+    """Zeros to walk into, in the orientation of the instruction."""
+    if WEIGHTS_FIRST:
+        acc = tl.zeros((BLOCK_OUT, BLOCK_T), dtype=ACC)
+    else:
+        acc = tl.zeros((BLOCK_T, BLOCK_OUT), dtype=ACC)
+    return acc
+
+
+@triton.jit
+def walk(
+    acc,  # from ``empty_tile`` or another walk
     a_ptr,  # (T, INNER), last axis contiguous
     stride_a,
     t,  # (BLOCK_T,) int64 token numbers of this tile
@@ -52,22 +65,20 @@ def product_tile(
     OUT,
     INNER,
     ACC: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     EVEN_INNER: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCKWISE: tl.constexpr,
 ):
-    """(A B)[t, o] as a (BLOCK_T, BLOCK_OUT) tile in ACC, summed in one fixed order.
+    """acc + (A B)[t, o] in ACC, summed in one fixed order.
 
-    WEIGHTS_FIRST computes Bᵀ Aᵀ and returns its transpose: the weights then fill the long side
-    of the tensor-core instruction and a handful of tokens its short side. The inner axis is
-    walked in the same order in both cases. 8-bit weights are converted to A's dtype on the
-    way. UPCAST multiplies in ACC (for the interpreter, whose bf16 product is wrong). BLOCKWISE
-    sums each inner block by itself before it joins the total: in fp32 one chain of a thousand
-    additions loses a digit to what libraries reach.
+    WEIGHTS_FIRST computes Bᵀ Aᵀ, the transpose: the weights then fill the long side of the
+    tensor-core instruction and a handful of tokens its short side. The inner axis is walked in
+    the same order in both cases. 8-bit weights are converted to A's dtype on the way. UPCAST
+    multiplies in ACC (for the interpreter, whose bf16 product is wrong). BLOCKWISE sums each
+    inner block by itself before it joins the total: in fp32 one chain of a thousand additions
+    loses a digit to what libraries reach.
     """
     k = tl.arange(0, BLOCK_INNER)
     if WEIGHTS_FIRST:
@@ -75,13 +86,11 @@ def product_tile(
         b_ptrs = b_ptr + o[:, None] * stride_b_out + k[None, :] * stride_b_inner
         a_mask = t[None, :] < T
         b_mask = o[:, None] < OUT
-        acc = tl.zeros((BLOCK_OUT, BLOCK_T), dtype=ACC)
     else:
         a_ptrs = a_ptr + t[:, None] * stride_a + k[None, :]
         b_ptrs = b_ptr + k[:, None] * stride_b_inner + o[None, :] * stride_b_out
         a_mask = t[:, None] < T
         b_mask = o[None, :] < OUT
-        acc = tl.zeros((BLOCK_T, BLOCK_OUT), dtype=ACC)
 
     for k0 in range(0, INNER, BLOCK_INNER):
         if EVEN_INNER:
@@ -110,7 +119,36 @@ def product_tile(
         a_ptrs += BLOCK_INNER
         # A row-major weight moves by whole rows: in 64 bits, for rows of any length.
         b_ptrs += tl.full((), BLOCK_INNER, tl.int64) * stride_b_inner
+    return acc
 
+
+@triton.jit
+def product_tile(
+    a_ptr,  # the arguments of ``walk``
+    stride_a,
+    t,
+    T,
+    b_ptr,
+    stride_b_inner,
+    stride_b_out,
+    o,
+    OUT,
+    INNER,
+    ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    EVEN_INNER: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCKWISE: tl.constexpr,
+):
+    """(A B)[t, o] as a (BLOCK_T, BLOCK_OUT) tile in ACC: one walk from zero."""
+    acc = walk(
+        empty_tile(ACC, BLOCK_T, BLOCK_OUT, WEIGHTS_FIRST), a_ptr, stride_a, t, T,
+        b_ptr, stride_b_inner, stride_b_out, o, OUT, INNER,
+        ACC, BLOCK_INNER, EVEN_INNER, WEIGHTS_FIRST, UPCAST, BLOCKWISE,
+    )  # fmt: skip
     if WEIGHTS_FIRST:
         acc = tl.trans(acc)
     return acc
@@ -134,8 +172,10 @@ def diagonal_tile(
     T,
     r,
     R,
+    OFFSET: tl.constexpr = False,
 ):
-    """d_row[t, r], broadcast (1, cols) for one d or gathered (rows, cols) per slot; -1 -> base."""
+    """d_row[t, r], broadcast (1, cols) for one d or gathered (rows, cols) per slot; -1 -> base.
+    OFFSET: d_row - base, which is 0, exactly, where the slot is -1."""
     if slot_ptr is None:
         rows = tl.load(d_ptr + r, mask=r < R, other=0)[None, :]
     else:
@@ -148,6 +188,8 @@ def diagonal_tile(
         )
         base = tl.load(base_ptr + r, mask=r < R, other=0)[None, :]
         rows = tl.where(has_slot[:, None], own, base)
+    if OFFSET:
+        rows -= tl.load(base_ptr + r, mask=r < R, other=0)[None, :]
     if scale_ptr is not None:
         rows = rows * tl.load(scale_ptr + r, mask=r < R, other=0)[None, :]
     return rows
