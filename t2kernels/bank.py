@@ -17,6 +17,7 @@ from .diagonal import MIXTURES, mix
 from .expert import Expert
 from .files import check_name
 from .mixtures import Mixture, check_defined, weights_of
+from .nn.merging import merge as merge_layers
 from .nn.routing import BASE_KEY, ROW_ORDERS, Plan, Route
 from .ops.library import check_slot_values
 
@@ -329,11 +330,18 @@ class ExpertBank:
     # -- merging -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def merge(self, routing: Mixture, *, mixture: str = "deviation") -> None:
+    def merge(self, routing: Mixture, *, mixture: str = "deviation", keep: str = "device") -> None:
         """Write one mixture into the stored weights: the fastest form for a single static expert.
 
-        W′ = W + U·diag(σ⊙(z − 1))·Vᵀ, built in fp32 and rounded once; the base weights are kept
-        aside and ``unmerge`` brings them back bit-exact, after any number of cycles.
+        W′ = W + U·diag(σ⊙(z − 1))·Vᵀ in the weights' own memory, summed in fp32 and rounded once
+        (on a GPU the products are of 16 bits; see ``nn/merging.py`` for the bound). The base
+        weights are copied aside and ``unmerge`` brings them back bit-exact, after any number of
+        cycles; merging another mixture starts from them. Captured graphs see what is merged.
+
+        Args:
+            keep: where the copies wait: "device", one more copy of the weights that the mixture
+                changes, or "host", page-locked host memory: none of the GPU's, but every merge
+                and ``unmerge`` then reads them over the bus.
         """
         self._check_model()
         if self._route.plan is not None:
@@ -353,11 +361,9 @@ class ExpertBank:
         alpha = torch.tensor([[w for _, w in weights]], device=Z.device)
         check_defined("ExpertBank.merge", self._layers, Z, alpha, mixture, [0])
         d = self._diagonals(Z, alpha, mixture)[0]
-        offset = 0
+        layers = list(self._layers.values())
         try:
-            for layer in self._layers.values():
-                layer.merge_diagonal(d[offset : offset + layer.rank])
-                offset += layer.rank
+            merge_layers(layers, d.split([layer.rank for layer in layers]), keep)
         except BaseException:
             self.unmerge()
             raise

@@ -15,6 +15,7 @@ from ..ops import dispatch
 from ..ops.functional import dense, layout, run, run_delta, under_autocast
 from ..quantized import QuantizedFactors, dequantize
 from ..svd import SVDFactors, check_factors, decompose, fingerprint, reconstruct
+from . import merging
 from .routing import Route
 
 Factors = SVDFactors | QuantizedFactors
@@ -93,8 +94,9 @@ class SVFLinear(nn.Module):
         self.recompute = recompute
         self._fingerprint: str | None = None
         self._original: tuple[nn.Module] | None = None  # a tuple hides it from nn.Module
-        self._base_copy: Tensor | None = None  # the base weight while an expert is merged
-        self._drop_on_unmerge = False
+        self._merged = False
+        self._base_copy: Tensor | None = None  # the base weight while ``weight`` differs from it
+        self._drop_on_unmerge = False  # ``weight`` is there for a merged expert only
         self._dtype = weight.dtype
         self._set_factors(factors)
         if keep_weight:
@@ -206,8 +208,8 @@ class SVFLinear(nn.Module):
     def stored_weight(self) -> Tensor:
         """The base weight in its stored orientation; rebuilt from the factors if it was dropped."""
         if self._base_copy is not None:
-            return self._base_copy
-        if self.weight is not None:
+            return self._base_copy.to(self._U.device)  # it may wait in host memory
+        if self.weight is not None and not self._drop_on_unmerge:
             return self.weight.detach()
         f = self.factors
         f = dequantize(f) if isinstance(f, QuantizedFactors) else f
@@ -271,7 +273,7 @@ class SVFLinear(nn.Module):
 
         d is None where the stored weight is used as it is.
         """
-        if self._base_copy is not None:
+        if self._merged:
             return "merged", None, None
         plan = None if self._route is None else self._route[0].plan
         if self._route is None or plan is None:
@@ -336,38 +338,17 @@ class SVFLinear(nn.Module):
 
     # -- merging -------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def merge_diagonal(self, d: Tensor) -> None:
         """Replace W by W′ = W + U·diag(d − σ)·Vᵀ in place; the base weight is kept aside.
 
-        d (r,) is σ⊙z_eff. Built in fp32 and rounded once. Merging again starts from the base
-        weight, not from the merged one.
+        d (r,) is σ⊙z_eff. See ``nn/merging.py`` for its rounding and memory. Merging again starts
+        from the base weight, not from the merged one.
         """
-        base = self.stored_weight()
-        f = self.factors
-        f = dequantize(f) if isinstance(f, QuantizedFactors) else f
-        wide = SVDFactors(f.U.float(), f.S, f.V.float())
-        delta = reconstruct(wide, d.to(f.S) - f.S)
-        merged = (base.float() + (delta.t() if self.transposed else delta)).to(self._dtype)
-        if self._base_copy is None:
-            self._base_copy = base.clone() if self.weight is not None else base
-        if self.weight is None:
-            self.weight = nn.Parameter(merged, requires_grad=False)
-            self._drop_on_unmerge = True
-        else:
-            self.weight.copy_(merged)
+        merging.merge([self], [d])
 
-    @torch.no_grad()
     def unmerge(self) -> None:
         """Bring the base weight back, bit-exact."""
-        if self._base_copy is None:
-            return
-        if self._drop_on_unmerge:
-            self.weight = None
-            self._drop_on_unmerge = False
-        elif self.weight is not None:
-            self.weight.copy_(self._base_copy)
-        self._base_copy = None
+        merging.unmerge(self)
 
     # -- nn.Module's manners -------------------------------------------------------------------
 
@@ -406,7 +387,7 @@ class SVFLinear(nn.Module):
         errors: list[str] = args[-1]
         key = prefix + "weight"
         given = state_dict.get(key)
-        if given is not None and self._base_copy is not None:
+        if given is not None and self._merged:
             errors.append(f"{key}: an expert is merged; call bank.unmerge() before loading weights")
             return
         m, n = self.out_features, self.in_features

@@ -209,7 +209,7 @@ class SVFTunerLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """W′ = W + U·diag(σ⊙(z − 1))·Vᵀ in place, built in fp32 and rounded once.
+        """W′ = W + U·diag(σ⊙(z − 1))·Vᵀ in place, as a bank merges.
 
         The base weight is kept aside: ``unmerge`` is bit-exact. Merging one more adapter starts
         from the base weight. ``safe_merge`` raises on NaN and inf and leaves the weight as it was.
