@@ -165,7 +165,14 @@ def test_merging_is_undone_to_the_bit(kit, base, dtype, rank):
         model.merge_adapter()
         merged = kit.logits(model)
         assert kit.close(merged, own, 1e-4 if dtype == torch.float32 else 5e-2)
-        assert kit.close(merged, kit.logits(kit.rebuilt(reference, model, "math")), 1e-6)
+        rebuilt = kit.rebuilt(reference, model, "math")
+        if dtype == torch.float32:
+            assert kit.close(merged, kit.logits(rebuilt), 1e-6)
+        for name, layer in svf.tuner_layers(model).items():
+            # W + get_delta_weight() is multiplied in fp32, a merge where it pays in 16 bits.
+            rounding = torch.finfo(dtype).eps / 2
+            expected = rebuilt.get_submodule(name).weight
+            assert kit.close(layer.base_layer.weight.double(), expected.double(), rounding)
         with pytest.warns(UserWarning, match="Already following adapters were merged"):
             model.merge_adapter(["code"])
         model.unmerge_adapter()
