@@ -10,8 +10,10 @@
 #include <vector>
 
 #include "build_info.h"
+#include "cpu/mix.h"
 #include "cpu/svf_cpu.h"
 #ifdef T2_WITH_CUDA
+#include "cuda/mix.h"
 #include "cuda/svf_cuda.h"
 #endif
 
@@ -67,6 +69,9 @@ void bind_cpu(py::module_& m) {
         arg("dtype"), arg("n_threads"), arg("isa"));
   m.def("dequantise", &dequantise, Unlocked(), arg("q"), arg("q_dtype"), arg("scale"), arg("scale_axis"), arg("out"), arg("rows"),
         arg("cols"), arg("dtype"), arg("n_threads"), arg("isa"));
+  m.def("mix", &mix, Unlocked(), arg("S"), arg("Z"), arg("z_stride"), arg("experts"), arg("z_dtype"), arg("alpha"),
+        arg("indices"), arg("rows"), arg("offsets"), arg("layers"), arg("out"), arg("out_stride"), arg("slots"),
+        arg("B"), arg("K"), arg("R"), arg("n_threads"));
   m.def("read_bandwidth", &read_bandwidth, Unlocked(), arg("data"), arg("bytes"), arg("n_threads"));
 }
 
@@ -77,6 +82,9 @@ void bind_cuda(py::module_& m) {
         arg("d_stride"), arg("slots"), arg("slot"), arg("base"), arg("bias"), arg("scale"), arg("y"), arg("h"),
         arg("work"), arg("barrier"), arg("T"), arg("n"), arg("r"), arg("m"), arg("x_dtype"), arg("w_dtype"),
         arg("form"), arg("tile"), arg("device"), arg("stream"));
+  m.def("cuda_mix", &mix, Unlocked(), arg("S"), arg("Z"), arg("z_stride"), arg("experts"), arg("z_dtype"), arg("alpha"),
+        arg("indices"), arg("rows"), arg("offsets"), arg("layers"), arg("out"), arg("out_stride"), arg("slots"),
+        arg("B"), arg("K"), arg("R"), arg("device"), arg("stream"));
 }
 #endif
 

@@ -39,6 +39,11 @@ struct dim3 {
 
 using std::nanf;
 
+// Rounded once each: the emulation is compiled without contraction.
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fsub_rn(float x, float y) { return x - y; }
+inline float __fmul_rn(float x, float y) { return x * y; }
+
 inline void __syncthreads() { emulator::block_barrier(); }
 inline void __syncwarp() {
   emulator::warp_meets([](void* (&)[32]) {}, nullptr);

@@ -6,6 +6,7 @@
 
 #include "grid_barrier.cuh"
 #include "launch_mma.cuh"
+#include "mix.h"
 #include "svf_cuda.h"
 
 using t2::cuda::Address;
@@ -43,6 +44,16 @@ extern "C" int emulated_svf_decode(Address x, I64 x_stride, Address U, Address V
     t2::cuda::svf_decode(x, x_stride, U, V, d, d_stride, slots, slot, base, bias, scale, y, h, work, barrier, T, n, r,
                          m, static_cast<int>(x_dtype), static_cast<int>(w_dtype), static_cast<int>(form),
                          static_cast<int>(tile), static_cast<int>(device), stream);
+  });
+}
+
+extern "C" int emulated_mix(Address S, Address Z, I64 z_stride, I64 experts, I64 z_dtype, Address alpha,
+                            Address indices, Address rows, Address offsets, I64 layers, Address out, I64 out_stride,
+                            I64 slots, I64 B, I64 K, I64 R, I64 device, Address stream, char* error_text,
+                            I64 error_size) {
+  return guarded(error_text, error_size, [&] {
+    t2::cuda::mix(S, Z, z_stride, experts, static_cast<int>(z_dtype), alpha, indices, rows, offsets, layers, out,
+                  out_stride, slots, B, K, R, static_cast<int>(device), stream);
   });
 }
 

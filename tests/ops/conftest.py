@@ -54,6 +54,9 @@ class Emulation:
         self.library.emulated_svf_decode.argtypes = [ctypes.c_int64] * 25 + [
             ctypes.c_char_p, ctypes.c_int64,
         ]  # fmt: skip
+        self.library.emulated_mix.argtypes = [ctypes.c_int64] * 18 + [
+            ctypes.c_char_p, ctypes.c_int64,
+        ]  # fmt: skip
         self.library.emulator_set_clock_step.argtypes = [ctypes.c_longlong]
 
     def call(self, name: str, *arguments: object) -> None:
@@ -65,6 +68,10 @@ class Emulation:
     def decode(self, *arguments: int) -> None:
         """What the native module has as cuda_svf_decode."""
         self.call("emulated_svf_decode", *arguments)
+
+    def mix(self, *arguments: int) -> None:
+        """What the native module has as cuda_mix."""
+        self.call("emulated_mix", *arguments)
 
     def with_fault(self, header: str, right: str, wrong: str, unit: str, folder: Path) -> Emulation:
         """The same, with ``wrong`` for ``right`` in a header that the unit ``unit`` is made of."""
@@ -114,22 +121,23 @@ class Emulation:
             tensor = getattr(inputs, field.name)
             if tensor is None:
                 continue
-            copy, memory = _at_the_edge(tensor.t() if field.name == "V" else tensor)
+            copy, memory = self.edge(tensor.t() if field.name == "V" else tensor)
             moved[field.name] = copy.t() if field.name == "V" else copy
             keep.append(memory)
         return replace(inputs, **moved), keep
 
-
-def _at_the_edge(tensor: Tensor) -> tuple[Tensor, mmap.mmap]:
-    size = max(tensor.numel() * tensor.element_size(), 1)
-    room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(-1, room + mmap.PAGESIZE)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mprotect(ctypes.c_void_p(address + room), ctypes.c_size_t(mmap.PAGESIZE), 0):
-        raise OSError(ctypes.get_errno(), "mprotect")
-    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=room - size)
-    return copy.view(tensor.shape).copy_(tensor), memory
+    @staticmethod
+    def edge(tensor: Tensor) -> tuple[Tensor, mmap.mmap]:
+        """A copy that ends at a forbidden page; it lives as long as the second."""
+        size = max(tensor.numel() * tensor.element_size(), 1)
+        room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        memory = mmap.mmap(-1, room + mmap.PAGESIZE)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.mprotect(ctypes.c_void_p(address + room), ctypes.c_size_t(mmap.PAGESIZE), 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+        copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=room - size)
+        return copy.view(tensor.shape).copy_(tensor), memory
 
 
 @pytest.fixture(scope="session")
@@ -149,7 +157,7 @@ def in_place_of_native(monkeypatch: pytest.MonkeyPatch) -> object:
     """Puts an emulation behind ops/cuda.py."""
 
     def install(emulation: Emulation) -> Emulation:
-        native = SimpleNamespace(cuda_svf_decode=emulation.decode)
+        native = SimpleNamespace(cuda_svf_decode=emulation.decode, cuda_mix=emulation.mix)
         monkeypatch.setattr(cuda, "_native", native)
         monkeypatch.setattr(cuda, "_stream", lambda x: 0)
         monkeypatch.setattr(cuda, "_index", lambda x: 0)

@@ -119,9 +119,11 @@ def kernels(folder: Path) -> list[Kernel]:
 def test_every_dtype_has_its_kernels(kernels: list[Kernel]) -> None:
     # x same as factors in three dtypes, int8 and fp8 under each; two products; tiles of 1, 4 and 8
     # tokens by vector and one for any alignment. On tensor cores four kinds in seven tiles.
-    plain = [k for k in kernels if "decode_mma" not in k.name]
+    plain = [k for k in kernels if k.source.startswith("decode_") and "_mma" not in k.source]
     assert len(plain) == 9 * 2 * 4 * len(ARCHS)
-    assert len(kernels) - len(plain) == 4 * 7 * len(ARCHS)
+    assert len([k for k in kernels if "decode_mma" in k.name]) == 4 * 7 * len(ARCHS)
+    # Mixing: z in fp32 or bf16, by vector or not, weights per request or per layer.
+    assert len([k for k in kernels if "mix_kernel" in k.name]) == 2 * 2 * 2 * len(ARCHS)
 
 
 def test_nothing_spills(kernels: list[Kernel]) -> None:

@@ -18,6 +18,7 @@ import pytest
 OLD_TRITON = "ignore:Conversion of an array with ndim:DeprecationWarning"
 CASES = Path(__file__).with_name("triton_interpret_cases.py")
 DELTA = Path(__file__).with_name("triton_delta_cases.py")
+MIXING = CASES.with_name("test_mixing.py")  # every test of it
 
 
 def version_of(module: ModuleType) -> tuple[int, ...]:
@@ -40,8 +41,9 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
 @pytest.mark.parametrize(
     ("part", "cases"),
     [
-        *((part, CASES) for part in ("Forward", "Backward", "Mixing", "Contract")),
+        *((part, CASES) for part in ("Forward", "Backward", "Contract")),
         ("Delta", DELTA),
+        ("", MIXING),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

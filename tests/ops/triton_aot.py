@@ -33,7 +33,7 @@ ALIGNED = {"stride_x", "stride_g", "stride_d", "IN", "INNER", "OUT", "R", "COLS"
 class Case:
     """One kernel as it ships: which arguments are present, which tile, which dtypes."""
 
-    kernel: str  # project | expand | expand_t | delta | gradient | finalise | mix | mix_gradient
+    kernel: str  # project | expand | expand_t | delta | gradient | finalise | mix
     dtype: str = "bf16"
     tile: str = "LARGE"
     arch: int = 90
@@ -77,11 +77,12 @@ def _arguments(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], dict[st
         diagonal["stride_d"] = 0  # type: ignore[assignment]
     types: dict[str, Any]
     constants: dict[str, Any]
-    if case.kernel in ("finalise", "mix", "mix_gradient"):
-        floats = ("partial_ptr", "out_ptr", "s_ptr", "z_ptr", "alpha_ptr", "grad_ptr")
+    if case.kernel in ("finalise", "mix"):
+        floats = ("partial_ptr", "out_ptr", "s_ptr", "alpha_ptr")
         types = dict.fromkeys(floats, "*fp32")
         types["slot_ptr"] = slot
         types["scale_ptr"] = "*fp32"
+        types["z_ptr"] = POINTER[case.dtype]
         for name in ("index_ptr", "row_ptr"):
             types[name] = slot
         types["offsets_ptr"] = "*i64" if case.slots else None
@@ -89,13 +90,13 @@ def _arguments(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], dict[st
             "BLOCK_ROWS": _backward.REDUCE_ROWS,
             "BLOCK_COLS": _backward.REDUCE_COLS,
             "BLOCK": _mix.MIX_COLS,
+            "DEVIATION": case.dtype == "bf16",
         }
         kernel = {
             "finalise": _backward.finalise_kernel,
             "mix": _mix.mix_kernel,
-            "mix_gradient": _mix.mix_gradient_kernel,
         }[case.kernel]
-        launch = config.SMALL
+        launch = _mix.LAUNCH if case.kernel == "mix" else config.SMALL
     else:
         assert tile is not None
         constants = {
@@ -235,7 +236,7 @@ def few_cases(arch: int) -> list[Case]:
             Case("expand", "bf16", "DECODE_32", arch),
             Case("expand", "bf16", "DECODE_16", arch, factors="int8"),
             Case("expand", "bf16", "DECODE_16", arch, factors="fp8"),
-            Case("mix_gradient", "fp32", "-", arch, slots=True),
+            Case("mix", "bf16", "-", arch, slots=True),
         ]
     return cases
 
@@ -255,8 +256,8 @@ def all_cases(arch: int) -> list[Case]:
                 cases.append(Case(kernel, "bf16", tile, arch, slots, factors=kind))
         for tile in ("FP32", "FP32_LARGE", "DECODE_FP32"):
             cases.append(Case(kernel, "fp32", tile, arch, slots))
-    for kernel in ("finalise", "mix", "mix_gradient"):
-        cases += [Case(kernel, "fp32", "-", arch, slots) for slots in (False, True)]
+    for kernel, dtype in (("finalise", "fp32"), ("mix", "fp32"), ("mix", "bf16")):
+        cases += [Case(kernel, dtype, "-", arch, slots) for slots in (False, True)]
     return cases
 
 

@@ -161,35 +161,27 @@ def delta(
     )  # fmt: skip
 
 
+def mix_unavailable(out: Tensor) -> str | None:
+    """Why experts cannot be mixed into this arena, or None."""
+    reason = _missing()
+    if reason is not None:
+        return reason
+    if out.is_cuda:
+        return _old_gpu(out.device.index)
+    return None if _interpreting() else f"the arena is on {out.device.type}, not on a CUDA GPU"
+
+
 def mix(
+    out: Tensor,
     S: Tensor,
     Z: Tensor,
     alpha: Tensor,
-    *,
-    indices: Tensor | None = None,
-    rows: Tensor | None = None,
-    offsets: Tensor | None = None,
-    longest: int | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """D[s] = S ⊙ (1 + Σ_k α[s, k] (Z[k] − 1)) for all layers in one launch: see ``_mix.mix``."""
+    indices: Tensor | None,
+    rows: Tensor | None,
+    offsets: Tensor | None,
+    longest: int | None,
+) -> None:
+    """out[rows[i]] = S ⊙ (1 + Σ_k α[i, k] (Z[indices[i, k]] − 1)): see ``ops/mixing.py``."""
     from ._mix import mix as run
 
-    return run(S, Z, alpha, indices=indices, rows=rows, offsets=offsets, longest=longest, out=out)
-
-
-def mix_backward(
-    dD: Tensor,
-    S: Tensor,
-    Z: Tensor,
-    alpha: Tensor,
-    *,
-    indices: Tensor | None = None,
-    rows: Tensor | None = None,
-    offsets: Tensor | None = None,
-    longest: int | None = None,
-) -> Tensor:
-    """dα[s, k] = Σ_r dD[s, r] S[r] (Z[k, r] − 1): see ``_mix.mix_backward``."""
-    from ._mix import mix_backward as run
-
-    return run(dD, S, Z, alpha, indices=indices, rows=rows, offsets=offsets, longest=longest)
+    run(out, S, Z, alpha, indices, rows, offsets, longest)
