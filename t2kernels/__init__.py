@@ -33,6 +33,7 @@ from .quantized import QuantizedFactors as QuantizedFactors
 from .quantized import dequantize as dequantize
 from .quantized import quantize as quantize
 from .selection import select as select
+from .serving import Slots as Slots
 from .store import FactorStore as FactorStore
 from .store import decompose_checkpoint as decompose_checkpoint
 from .svd import Accuracy as Accuracy

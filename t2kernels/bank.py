@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from .convert import converted_layers
-from .diagonal import MIXTURES, mix
+from .diagonal import MIXTURES
 from .expert import Expert
 from .files import check_name
+from .mixer import Arenas, Entry, Mixer, Weights, without_z
 from .mixtures import Mixture, check_defined, weights_of
 from .nn.merging import merge as merge_layers
 from .nn.routing import BASE_KEY, ROW_ORDERS, Plan, Route
 from .ops.library import check_slot_values
+from .serving import Slots
+from .table import ExpertTable
 
 _SERIALS = itertools.count()
+_SHOWN = 40  # names in a message
 
 
 class ExpertBank:
@@ -33,6 +37,14 @@ class ExpertBank:
         names: the experts, in the order of the K axis of alpha.
         layers: the layers' names, in the order of the L axis of alpha.
         row_order: of each ``use`` that does not say its own; see there.
+
+    Args:
+        dtype: torch.float32 keeps experts exact. torch.bfloat16 keeps z − 1 in half the memory and
+            no other copy: d is off by at most σ Σ_k |α_k| |z_k − 1| / 256, and what ``bank[name]``
+            and ``save`` give back is rounded so.
+        host: keep the experts in the host's memory (pinned beside a GPU) and the ``cache`` that
+            were used last on the model's device; see ``prefetch``.
+        capacity: experts to make room for at first; the room doubles whenever it is full.
 
     >>> import torch, t2kernels as t2k
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
@@ -47,39 +59,50 @@ class ExpertBank:
     True
     """
 
-    def __init__(self, model: nn.Module, row_order: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        row_order: str | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        host: bool = False,
+        cache: int = 64,
+        capacity: int = 0,
+    ) -> None:
         self._layers = converted_layers(model)
         self.model, self.row_order = model, row_order
         self._route: Route = model._t2_route  # type: ignore[assignment]
-        self._experts: dict[str, Expert] = {}
-        self._flat: dict[str, Tensor] = {}
-        self._serial: dict[str, int] = {}  # unlike id(), never given to a later expert again
-        self._arenas: list[Tensor] = []  # one per depth of nested `use`
-        self._busy: set[int] = set()  # the arenas of the blocks that are open
+        self._entries: dict[str, Entry] = {}
+        width = sum(layer.rank for layer in self._layers.values())
+        self._table = ExpertTable(width, dtype=dtype, host=host, cache=cache, capacity=capacity)
+        self._mixer = Mixer(self._layers, self._entries, self._table)
+        self._arenas = Arenas(width)
+        self._positions = itertools.count()
         self._number = next(_SERIALS)
 
     # -- members -------------------------------------------------------------------------------
 
     @property
     def names(self) -> list[str]:
-        return list(self._experts)
+        return list(self._entries)
 
     @property
     def layers(self) -> list[str]:
         return list(self._layers)
 
     def __len__(self) -> int:
-        return len(self._experts)
+        return len(self._entries)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._experts
+        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._experts)
+        return iter(self._entries)
 
     def __getitem__(self, name: str) -> Expert:
         self._known(name)
-        return self._experts[name]
+        entry = self._entries[name]
+        return entry.expert if entry.expert.z else self._mixer.rebuilt(entry)
 
     @torch.inference_mode(mode=False)  # inference tensors could not be used with gradients
     def add(
@@ -96,29 +119,34 @@ class ExpertBank:
                 f"ExpertBank.add: expert must be an Expert, got {type(expert).__name__}. "
                 "Load a file with Expert.load(path)."
             )
-        if name in self._experts and not overwrite:
+        if name in self._entries and not overwrite:
             raise ValueError(
                 f"ExpertBank.add: there is an expert {name!r} already. Choose another name or pass "
                 "overwrite=True."
             )
         fitted = expert.fitted(self._layers, allow_mismatch=allow_mismatch)
-        self._flat[name] = torch.cat(
-            [fitted.get(n, torch.ones(layer.rank)) for n, layer in self._layers.items()]
-        ).to(self._device)
-        self._experts[name] = expert
-        self._serial[name] = next(_SERIALS)
+        z = torch.cat([fitted.get(n, torch.ones(layer.rank)) for n, layer in self._layers.items()])
+        before = self._entries.get(name)
+        if before is None:
+            row, position = self._table.add(z, self._device), next(self._positions)
+        else:
+            row, position = before.row, before.position
+            self._table.put(row, z, self._device)
+        if self._table.dtype != torch.float32:
+            expert = without_z(expert, next(reversed(self._entries.values()), None))
+        self._entries[name] = Entry(expert, tuple(fitted), row, position)
 
     def remove(self, name: str) -> None:
         """Forget the expert ``name``."""
         self._known(name)
-        del self._experts[name], self._flat[name], self._serial[name]
+        self._table.remove(self._entries.pop(name).row)
 
     def save(self, folder: str | Path) -> None:
         """One safetensors file per expert, named after it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, expert in self._experts.items():
-            expert.save(folder / f"{name}.safetensors")
+        for name in self._entries:
+            self[name].save(folder / f"{name}.safetensors")
 
     def load(self, folder: str | Path, *, allow_mismatch: bool = False) -> list[str]:
         """Add every expert file of ``folder``, in order of their names; returns the names."""
@@ -136,7 +164,22 @@ class ExpertBank:
             raise
         return added
 
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Bring experts of a bank with ``host=True`` to the device, ahead of the ``use`` or
+        ``admit`` that names them; on a GPU beside what runs there. Without ``host`` all are there.
+        """
+        names = [names] if isinstance(names, str) else list(names)
+        for name in names:
+            self._known(name)
+        self._table.prefetch([self._entries[n].row for n in names], self._device)
+
     # -- routing -------------------------------------------------------------------------------
+
+    def slots(self, count: int, batch: int | None = None) -> Slots:
+        """``count`` places for mixtures at addresses that never change: for continuous batching and
+        CUDA graphs. ``batch``: rows of the largest batch, by default ``count``. See ``Slots``."""
+        self._check_model()
+        return Slots(self, count, count if batch is None else batch)
 
     @contextmanager
     def use(
@@ -184,13 +227,8 @@ class ExpertBank:
         with torch.inference_mode(False):  # the plan may serve calls with gradients, too
             plan = self._plan(routing, slot, mixture)
         plan.row_order, plan.stored_base_rows = row_order or self.row_order, base_rows == "stored"
-        depth = self._depth
-        self._busy.add(depth)
-        try:
-            with self._route.using(plan):
-                yield
-        finally:
-            self._busy.discard(depth)
+        with self._arenas.held(), self._route.using(plan):
+            yield
 
     def _plan(
         self, routing: Mixture | Sequence[Mixture] | Tensor, slot: Tensor | None, mixture: str
@@ -211,22 +249,16 @@ class ExpertBank:
         key = (mixture, tuple(self._content(w) for w in weights))
         if not distinct:
             return Plan("base", BASE_KEY, len(requests))
-        involved = [n for n in self.names if any(n in dict(w) for w in distinct)]
-        alpha = torch.tensor([[dict(w).get(n, 0.0) for n in involved] for w in distinct])
-        Z = torch.stack([self._vector(n) for n in involved])
-        alpha = alpha.to(Z.device)
-        check_defined(
-            "ExpertBank.use", self._layers, Z, alpha, mixture, [weights.index(w) for w in distinct]
-        )
-        arena = self._arena(len(distinct))
-        arena[: len(distinct)] = self._diagonals(Z, alpha, mixture)
+        first = [weights.index(w) for w in distinct]
+        arena = self._arenas.get(len(distinct), self._device)
+        self._mixer.write(arena, distinct, mixture, op="ExpertBank.use", requests=first)
         if slot is None and (single or len(requests) == 1):
             return Plan("uniform", (mixture, (self._content(weights[0]),)), 1, arena)
         rows = torch.tensor([distinct.index(w) if w else -1 for w in weights], dtype=torch.int32)
         return self._rows_plan(key, arena, rows, slot)
 
     def _plan_alpha(self, alpha: Tensor, slot: Tensor | None, mixture: str) -> Plan:
-        K, L = len(self._experts), len(self._layers)
+        K, L = len(self._entries), len(self._layers)
         if K == 0:
             raise ValueError("ExpertBank.use: the bank is empty; add an expert first.")
         if alpha.shape[-1] != K or alpha.dim() not in (2, 3) or (
@@ -242,9 +274,10 @@ class ExpertBank:
         if not bool(torch.isfinite(alpha.detach()).all()):
             raise ValueError("ExpertBank.use: alpha must be finite.")
         alpha = alpha.to(self._device, torch.float32)
-        Z = torch.stack([self._vector(n) for n in self.names])
-        B = alpha.shape[0]
-        check_defined("ExpertBank.use", self._layers, Z, alpha, mixture, range(B))
+        B, Z = alpha.shape[0], None
+        if alpha.requires_grad or mixture != "deviation":
+            Z = self._mixer.vectors(self.names)
+            check_defined("ExpertBank.use", self._layers, Z, alpha, mixture, range(B))
         rows = torch.arange(B, dtype=torch.int32)
         uniform = B == 1 and slot is None  # one request: nothing to tell apart
         if alpha.requires_grad:
@@ -254,14 +287,15 @@ class ExpertBank:
             return plan
         # Row by row, the content that decides: for caches, and for rows that are the base.
         content = tuple(row.cpu().numpy().tobytes() for row in alpha)
-        key = ("alpha", mixture, tuple(self._serial.values()), content)
+        serials = tuple(entry.serial for entry in self._entries.values())
+        key = ("alpha", mixture, serials, content)
         if mixture == "deviation":
             zero = (alpha.flatten(1) == 0).all(1).cpu()
             if bool(zero.all()):
                 return Plan("base", BASE_KEY, B)
             rows[zero] = -1
-        arena = self._arena(B)
-        arena[:B] = self._diagonals(Z, alpha, mixture)
+        arena = self._arenas.get(B, self._device)
+        self._mixer.write_alpha(arena, alpha, mixture)
         if uniform:
             return Plan("uniform", key, 1, arena)
         return self._rows_plan(key, arena, rows, slot)
@@ -281,51 +315,15 @@ class ExpertBank:
         key = (key, slot.cpu().numpy().tobytes())
         return Plan("rows", key, rows.shape[0], arena, rows, with_base[slot.long()])
 
-    def _weights(self, entry: Mixture, mixture: str) -> tuple[tuple[str, float], ...]:
+    def _weights(self, entry: Mixture, mixture: str) -> Weights:
         """A request's mixture as ((name, weight), ...) in the bank's order; () is the base."""
         given = weights_of(entry, self._known)
         if mixture == "deviation":
             given = {n: w for n, w in given.items() if w != 0}
-        return tuple((n, given[n]) for n in self.names if n in given)
+        return tuple(sorted(given.items(), key=lambda item: self._entries[item[0]].position))
 
-    def _content(self, weights: tuple[tuple[str, float], ...]) -> object:
-        return tuple((self._serial[n], w) for n, w in weights)
-
-    @torch.no_grad()
-    def _diagonals(self, Z: Tensor, alpha: Tensor, mixture: str) -> Tensor:
-        """σ⊙z (B, R) of all layers side by side, for alpha (B, K) or (B, L, K)."""
-        S = torch.cat([layer.factors.S for layer in self._layers.values()])
-        if alpha.dim() == 2 and mixture != "authors":
-            return S * mix(Z, alpha, mixture)
-        parts, offset = [], 0
-        for index, layer in enumerate(self._layers.values()):
-            columns = slice(offset, offset + layer.rank)
-            a = alpha if alpha.dim() == 2 else alpha[:, index]
-            parts.append(S[columns] * mix(Z[:, columns], a, mixture, S[columns]))
-            offset += layer.rank
-        return torch.cat(parts, dim=1)
-
-    @property
-    def _depth(self) -> int:
-        """The first arena that no open block uses: how deep blocks are nested, as a rule."""
-        return next(i for i in itertools.count() if i not in self._busy)
-
-    def _arena(self, slots: int) -> Tensor:
-        """The arena of this depth, with room for ``slots``; its address is kept, so that a
-        captured or compiled model sees a new routing without being captured again."""
-        R = sum(layer.rank for layer in self._layers.values())
-        depth = self._depth
-        while len(self._arenas) <= depth:
-            self._arenas.append(torch.empty(0, R))
-        arena = self._arenas[depth]
-        if arena.shape[0] < slots or arena.device != self._device:
-            # A larger arena is another shape to a compiler, so there is room for most batches.
-            room = max(64, 1 << (slots - 1).bit_length())
-            # An inference tensor could not be written to again outside inference mode.
-            with torch.inference_mode(False):
-                arena = torch.zeros(room, R, device=self._device)
-            self._arenas[depth] = arena
-        return arena
+    def _content(self, weights: Weights) -> object:
+        return tuple((self._entries[n].serial, w) for n, w in weights)
 
     # -- merging -------------------------------------------------------------------------------
 
@@ -357,11 +355,9 @@ class ExpertBank:
         if not weights:
             self.unmerge()
             return
-        Z = torch.stack([self._vector(n) for n, _ in weights])
-        alpha = torch.tensor([[w for _, w in weights]], device=Z.device)
-        check_defined("ExpertBank.merge", self._layers, Z, alpha, mixture, [0])
-        d = self._diagonals(Z, alpha, mixture)[0]
-        layers = list(self._layers.values())
+        out = torch.empty(1, self._mixer.width, device=self._device)
+        self._mixer.write(out, [weights], mixture, op="ExpertBank.merge", requests=[0])
+        d, layers = out[0], list(self._layers.values())
         try:
             merge_layers(layers, d.split([layer.rank for layer in layers]), keep)
         except BaseException:
@@ -382,19 +378,13 @@ class ExpertBank:
     def _device(self) -> torch.device:
         return next(iter(self._layers.values())).z.device
 
-    def _vector(self, name: str) -> Tensor:
-        """The expert's z (R,) over all layers, on the model's device."""
-        flat = self._flat[name]
-        if flat.device != self._device:
-            flat = self._flat[name] = flat.to(self._device)
-        return flat
-
     def _known(self, name: object) -> None:
-        if name in self._experts:
+        if name in self._entries:
             return
         close = difflib.get_close_matches(str(name), self.names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise KeyError(f"no expert named {name!r}; the bank has {self.names}.{hint}")
+        shown = self.names if len(self) <= _SHOWN else f"{len(self)} experts"
+        raise KeyError(f"no expert named {name!r}; the bank has {shown}.{hint}")
 
     def _check_model(self) -> None:
         if getattr(self.model, "_t2_route", None) is not self._route:
@@ -403,4 +393,5 @@ class ExpertBank:
             )
 
     def __repr__(self) -> str:
-        return f"ExpertBank({self.names}, {len(self._layers)} layers)"
+        shown = self.names if len(self) <= _SHOWN else f"{len(self)} experts"
+        return f"ExpertBank({shown}, {len(self._layers)} layers)"

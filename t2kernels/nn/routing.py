@@ -1,6 +1,7 @@
 """Which rows of a batch use which diagonal: the state that the layers of one model share.
 
-A ``Plan`` is one routing decision, made when ``ExpertBank.use`` is entered and never changed.
+A ``Plan`` is one routing decision, made when ``ExpertBank.use`` is entered and never changed; the
+plans of ``Slots`` keep their tensors and have new values written into them.
 The ``Route`` of a model holds the plan in force; every SVF layer of the model points to it. The
 hook at the end guards what a layer cannot see: key/value caches and recomputation.
 """
@@ -54,6 +55,13 @@ class Plan:
     stored_base_rows: bool = False
     ran: bool = False  # a forward was made under this plan
     _cache: dict[int, Tensor] = field(default_factory=dict)
+
+    def refresh(self) -> None:
+        """Follow ``rows``, which were written in place, at the addresses that are in use."""
+        if self.rows is not None:
+            for times, slots in self._cache.items():
+                if times > 1:  # one row per request is ``rows`` itself
+                    slots.copy_(_repeat_rows(self.rows, times))
 
     def diagonal(self, index: int, offset: int, S: Tensor) -> Tensor:
         """The diagonals (slots, r) of layer ``index``; (r,) when uniform."""

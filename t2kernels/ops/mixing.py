@@ -4,9 +4,9 @@
 
 One function, four backends, chosen like those of the product (``dispatch``): native on a CPU,
 torch elsewhere, CUDA and Triton kernels when asked for by name. Experts are added in the order of
-their columns and an expert of weight 0 adds nothing, so a row's bits depend on no other row;
-every backend rounds every step to fp32, and all agree in every bit. There is no gradient here: mixing weights that want one are mixed inside the layers
-(``diagonal.mix``).
+their columns and an expert of weight 0 adds nothing, so a row's bits depend on no other row; every
+backend rounds every step to fp32, and all agree in every bit. There is no gradient here: mixing
+weights that want one are mixed inside the layers (``diagonal.mix``).
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ def _check(
         raise ValueError(
             f"mix_rows: offsets must be int64 (L + 1,) = ({alpha.shape[1] + 1},), got {got}."
         )
-    if indices is None and K > Z.shape[0]:
+    if indices is None and Z.shape[0] < K:
         raise ValueError(
             f"mix_rows: alpha has {K} columns for {Z.shape[0]} experts. For a few experts of many "
             "pass their numbers as indices."
@@ -272,7 +272,9 @@ def _check(
 
 def _check_tensors(out: Tensor, S: Tensor, Z: Tensor) -> None:
     if S.dim() != 1 or S.dtype is not torch.float32 or not S.is_contiguous():
-        raise ValueError(f"mix_rows: S must be contiguous fp32 (R,), got {S.dtype} {tuple(S.shape)}.")
+        raise ValueError(
+            f"mix_rows: S must be contiguous fp32 (R,), got {S.dtype} {tuple(S.shape)}."
+        )
     R = S.shape[0]
     for name, matrix, dtypes in (
         ("Z", Z, (torch.float32, DEVIATION_DTYPE)),

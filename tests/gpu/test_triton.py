@@ -218,4 +218,3 @@ def test_graph_capture() -> None:
 def test_fp64_is_refused() -> None:
     reason = backend.unavailable(*inputs(3, 4, 5, 4, dtype=torch.float64).args())
     assert reason is not None and "float64" in reason
-

@@ -136,7 +136,9 @@ class Emulation:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.mprotect(ctypes.c_void_p(address + room), ctypes.c_size_t(mmap.PAGESIZE), 0):
             raise OSError(ctypes.get_errno(), "mprotect")
-        copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=room - size)
+        copy = torch.frombuffer(
+            memory, dtype=tensor.dtype, count=tensor.numel(), offset=room - size
+        )
         return copy.view(tensor.shape).copy_(tensor), memory
 
 

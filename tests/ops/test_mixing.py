@@ -292,9 +292,7 @@ def test_native_refuses_offsets_that_do_not_rise() -> None:
     S, Z = inputs(8, 2)
     for bad in ([0, 9, 8], [1, 4, 8], [0, 4, 7]):
         with pytest.raises(ValueError, match="offsets must rise"):
-            mix_rows(
-                arena(1, 8), S, Z, torch.ones(1, 2, 2), offsets=torch.tensor(bad), longest=8
-            )
+            mix_rows(arena(1, 8), S, Z, torch.ones(1, 2, 2), offsets=torch.tensor(bad), longest=8)
 
 
 def test_a_backend_asked_for_by_name_mixes_or_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,5 +310,3 @@ def test_a_backend_asked_for_by_name_mixes_or_says_why(monkeypatch: pytest.Monke
     call()  # torch
     with dispatch.backend("native"), pytest.raises(RuntimeError, match="not built"):
         call()
-
-

@@ -1,4 +1,4 @@
-"""The Triton backend of ``ops/mixing.py``: K experts into rows of an arena, all layers in one launch."""
+"""The Triton backend of ``ops/mixing.py``: experts into rows of an arena, in one launch."""
 
 # Kernel arguments are typed by Triton, at the launch.
 # mypy: allow-untyped-defs, allow-incomplete-defs
