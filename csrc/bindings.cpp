@@ -6,12 +6,14 @@
 
 #include <map>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "build_info.h"
 #include "cpu/mix.h"
 #include "cpu/svf_cpu.h"
+#include "prepared.h"
 #ifdef T2_WITH_CUDA
 #include "cuda/mix.h"
 #include "cuda/svf_cuda.h"
@@ -75,6 +77,52 @@ void bind_cpu(py::module_& m) {
   m.def("read_bandwidth", &read_bandwidth, Unlocked(), arg("data"), arg("bytes"), arg("n_threads"));
 }
 
+// f(x, y, T, slot, U, V, d, base, bias, n_threads) -> bool: False, and nothing run, where a tensor has moved. By
+// CPython's own convention: pybind11 takes longer to read ten numbers than a small product does.
+PyObject* call_prepared(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  constexpr Py_ssize_t kNumbers = 10;
+  if (count != kNumbers) {
+    PyErr_Format(PyExc_TypeError, "a prepared product takes %zd numbers, got %zd", kNumbers, count);
+    return nullptr;
+  }
+  unsigned long long number[kNumbers];
+  for (Py_ssize_t i = 0; i < kNumbers; ++i) {
+    number[i] = PyLong_AsUnsignedLongLong(args[i]);
+    if (number[i] == static_cast<unsigned long long>(-1) && PyErr_Occurred()) return nullptr;
+  }
+  const auto& product = *static_cast<const t2::PreparedForward*>(PyCapsule_GetPointer(self, nullptr));
+  if (product.moved({number[4], number[5], number[6], number[7], number[8]})) Py_RETURN_FALSE;
+  try {
+    py::gil_scoped_release unlocked;
+    product.run(number[0], number[1], static_cast<std::int64_t>(number[2]), number[3], static_cast<int>(number[9]));
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+    return nullptr;
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  Py_RETURN_TRUE;
+}
+
+PyMethodDef kCallPrepared = {"prepared_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_prepared)),
+                             METH_FASTCALL, "f(x, y, T, slot, U, V, d, base, bias, n_threads) -> bool"};
+
+py::object prepared_forward(t2::Address U, t2::Address V, t2::Address d, std::int64_t d_stride, std::int64_t slots,
+                            t2::Address base, t2::Address bias, t2::Address scale, std::int64_t n, std::int64_t r,
+                            std::int64_t m, int x_dtype, int w_dtype) {
+  const auto* product = new t2::PreparedForward{U, V, d, base, bias, scale, d_stride, slots, n, r, m, x_dtype, w_dtype};
+  const py::capsule owner(product, [](void* p) { delete static_cast<t2::PreparedForward*>(p); });
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&kCallPrepared, owner.ptr()));
+}
+
+void bind_prepared(py::module_& m) {
+  m.def("prepared_forward", &prepared_forward, arg("U"), arg("V"), arg("d"), arg("d_stride"), arg("slots"), arg("base"),
+        arg("bias"), arg("scale"), arg("n"), arg("r"), arg("m"), arg("x_dtype"), arg("w_dtype"));
+  m.def("same_bytes", &t2::same_bytes, arg("a"), arg("b"), arg("bytes"));
+  m.def("environment", &t2::environment, arg("name"));
+}
+
 #ifdef T2_WITH_CUDA
 void bind_cuda(py::module_& m) {
   using namespace t2::cuda;
@@ -94,6 +142,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU and CUDA kernels of t2kernels on raw addresses; use t2kernels.svf_linear instead.";
   m.def("build_info", &build_info);
   bind_cpu(m);
+  bind_prepared(m);
 #ifdef T2_WITH_CUDA
   bind_cuda(m);
 #endif

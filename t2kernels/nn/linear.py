@@ -17,6 +17,7 @@ from ..quantized import QuantizedFactors, dequantize
 from ..svd import SVDFactors, check_factors, decompose, fingerprint, reconstruct
 from . import merging
 from .routing import Route
+from .settled import Settled, Watch, settle
 
 Factors = SVDFactors | QuantizedFactors
 
@@ -104,12 +105,15 @@ class SVFLinear(nn.Module):
         else:
             self._fingerprint = self._weight_fingerprint(weight)
             self.register_parameter("weight", None)
-        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias)
+        self.register_parameter("bias", bias)
         self.z = nn.Parameter(torch.ones(self.rank, dtype=torch.float32, device=weight.device))
-        self._z_seen: tuple[int, int] | None = None
+        self._z_seen: Watch | None = None
         self._z_identity = True
         self._rests_when_compiled = True
         self._route: tuple[Route, int, int] | None = None  # (route, layer index, arena offset)
+        self._settled: Settled | None = None  # what the last call leaves to the next
 
     @classmethod
     @torch.inference_mode(mode=False)  # inference tensors could never be trained on
@@ -172,6 +176,7 @@ class SVFLinear(nn.Module):
             check_factors(SVDFactors(U, factors.S, Vh.t()))
             U, Vh = U.to(self._dtype), Vh.to(self._dtype)
         self._U, self._Vh, self._S = U, Vh, factors.S.float()
+        self._settled = None
         self._scale = factors.scale if isinstance(factors, QuantizedFactors) else None
         self._column_scales = (
             (factors.u_scale, factors.v_scale) if isinstance(factors, QuantizedFactors) else None
@@ -246,27 +251,41 @@ class SVFLinear(nn.Module):
             return False
         if torch.compiler.is_compiling():
             return self._rests_when_compiled and not z.requires_grad
-        seen = (z.data_ptr(), z._version)
-        if z.device.type == "cpu" or self._z_seen != seen:
+        if self._z_seen is None or not self._z_seen.holds(z):
             first = z[:1] if self.parametrisation == "sigmoid-normalised" else z.new_ones(1)
             self._z_identity = torch.equal(z.detach(), first.detach().expand_as(z))
-            self._z_seen = seen
-        self._rests_when_compiled = self._z_identity and not z.requires_grad
+            self._z_seen = Watch(z)
+        compiled = self._z_identity and not z.requires_grad
+        if compiled is not self._rests_when_compiled:  # nn.Module is slow to set an attribute
+            self._rests_when_compiled = compiled
         return self._z_identity
 
     # -- the call ------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., out_features) for x (..., in_features)."""
+        if torch.compiler.is_compiling():
+            return self._computed(x, *self.decide(x))
+        if self._settled is not None:
+            settled = self._settled(self, x)
+            if settled is not None:
+                return settled
         form, d, slot = self.decide(x)
-        if self._route is not None and not torch.compiler.is_compiling():
+        if self._route is not None:
             self._route[0].note_layer_call()
+        y = self._computed(x, form, d, slot)
+        self._settled = settle(self, x, form, d, slot)
+        if d is not None and y.requires_grad and self._route is not None:
+            self._route[0].guard(y)
+        return y
+
+    def _computed(self, x: Tensor, form: str, d: Tensor | None, slot: Tensor | None) -> Tensor:
         if d is None:
             return self._dense(x)
         y = self._scaled(x, d, slot)
         if form == "rows, base rows stored" and slot is not None:
             y = torch.where((slot < 0).view(*x.shape[:-1], 1), self._dense(x), y)
-        return self._guarded(y)
+        return y
 
     def decide(self, x: Tensor) -> tuple[str, Tensor | None, Tensor | None]:
         """(form, d, slot) of the call with x: what the routing, or the layer's own z, asks for.
@@ -291,11 +310,6 @@ class SVFLinear(nn.Module):
             return "uniform", d, None
         form = "rows, base rows stored" if plan.stored_base_rows and self.full_rank else "rows"
         return form, d, plan.token_slots(x, route.batch)
-
-    def _guarded(self, y: Tensor) -> Tensor:
-        if self._route is not None and y.requires_grad and not torch.compiler.is_compiling():
-            self._route[0].guard(y)
-        return y
 
     def _dense(self, x: Tensor) -> Tensor:
         """x·Wᵀ + b with the stored W, the very call of the layer that was replaced."""
@@ -352,6 +366,10 @@ class SVFLinear(nn.Module):
 
     # -- nn.Module's manners -------------------------------------------------------------------
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, here or in another process, has settled nothing: its tensors lie elsewhere."""
+        return {**self.__dict__, "_settled": None, "_z_seen": None}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SVFLinear:
         """Move the factors with the module; z and σ change device, never dtype."""
         z = self._parameters.pop("z")  # out of reach of a cast
@@ -361,7 +379,7 @@ class SVFLinear(nn.Module):
             z.data = _keep_dtype(fn, z.data)
             z.grad = None if grad is None else _keep_dtype(fn, grad)
         self._parameters["z"] = z
-        self._z_seen = None
+        self._z_seen = self._settled = None
         self._S = _keep_dtype(fn, self._S)
         if self._scale is not None:
             self._scale = _keep_dtype(fn, self._scale)
@@ -406,7 +424,7 @@ class SVFLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if args[0].get("assign_to_params_buffers") and fits and given.is_floating_point():
             self.to(given.device, given.dtype)  # the factors follow what was assigned
-        self._z_seen = None
+        self._z_seen = self._settled = None
         self.rests()
 
     @torch.no_grad()

@@ -36,7 +36,7 @@ class _Switches:
     batch_invariant: bool = False
 
 
-_switches = _Switches()
+switches = _Switches()
 
 
 class Choice(NamedTuple):
@@ -66,11 +66,11 @@ def backend(name: str) -> Iterator[None]:
     ...     pass
     """
     load(name)
-    before, _switches.backend = _switches.backend, name
+    before, switches.backend = switches.backend, name
     try:
         yield
     finally:
-        _switches.backend = before
+        switches.backend = before
 
 
 @contextmanager
@@ -85,21 +85,21 @@ def batch_invariant(enabled: bool = True) -> Iterator[None]:
     ...     is_batch_invariant()
     True
     """
-    before, _switches.batch_invariant = _switches.batch_invariant, enabled
+    before, switches.batch_invariant = switches.batch_invariant, enabled
     try:
         yield
     finally:
-        _switches.batch_invariant = before
+        switches.batch_invariant = before
 
 
 def is_batch_invariant() -> bool:
     """Whether the caller is inside ``batch_invariant()``."""
-    return _switches.batch_invariant
+    return switches.batch_invariant
 
 
 def forced_backend() -> str | None:
     """The backend named by ``backend(...)`` or by the variable T2_BACKEND, if any."""
-    return _switches.backend or os.environ.get("T2_BACKEND") or None
+    return switches.backend or os.environ.get("T2_BACKEND") or None
 
 
 def choose(

@@ -35,6 +35,11 @@ def under_autocast(x: Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
+def unobserved(x: Tensor) -> bool:
+    """Nothing but the product is asked of a call with x: nobody watches, no cast is due."""
+    return _plain_eager(x) and not under_autocast(x)
+
+
 def run(
     x: Tensor,
     U: Tensor,

@@ -95,6 +95,11 @@ def _decode_tokens() -> dict[tuple[torch.dtype, torch.dtype], int]:
 DECODE_TOKENS = _decode_tokens()
 
 
+def decode_tokens(x: torch.dtype, factors: torch.dtype, batch_invariant: bool) -> int:
+    """The largest T that the kernel of ours takes, by dtypes; of all in batch-invariant mode."""
+    return _UNLIMITED if batch_invariant else DECODE_TOKENS[x, factors]
+
+
 def unavailable(
     x: Tensor,
     U: Tensor,
@@ -134,7 +139,7 @@ def _absent(x: Tensor, weight: Tensor) -> str | None:
 def _by_library(
     tokens: int, dtype: torch.dtype, factors: torch.dtype, batch_invariant: bool
 ) -> bool:
-    return not batch_invariant and tokens > DECODE_TOKENS[dtype, factors]
+    return tokens > decode_tokens(dtype, factors, batch_invariant)
 
 
 def forward(
