@@ -4,11 +4,11 @@ import copy
 import gc
 import pickle
 import warnings
-import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import t2kernels as t2k
@@ -393,10 +393,11 @@ def test_a_bank_that_is_dropped_takes_its_arena_along():
     with torch.no_grad(), bank.use(["a", None, "b"]):
         model(X)
         assert is_short(model.proj)
-        arena = weakref.ref(bank._arenas[0])
+        arena = StorageWeakRef(model._t2_route.plan.arena.untyped_storage())
+    assert not arena.expired()
     del bank
     gc.collect()
-    assert arena() is None
+    assert arena.expired()
 
 
 def test_many_shapes_are_forgotten_again():
