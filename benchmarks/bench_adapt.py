@@ -50,7 +50,7 @@ try:
 except ImportError as error:
     sys.exit(f"bench_adapt: {error}. Run it with the Python that t2kernels[hf] is installed in.")
 
-from ceilings import environment
+from command import add_shared, begin
 from harness import Refused, Samples, ratio
 from results import SCHEMA, write
 from torch import Tensor
@@ -80,8 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--layers", type=int, default=8, help="of the random model (8)")
     add("--hidden", type=int, default=512, help="its width (512)")
     add("--rounds", type=int, default=5, help="in which every form has a turn (5)")
-    add("--threads", type=int, help="default: torch's own")
-    add("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
+    add_shared(parser)
     return parser
 
 
@@ -288,11 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--members, --shots, --new-tokens, --rounds and --rows must be at least 1")
     if args.layers < 1 or args.hidden < 32 or args.hidden % 32:
         parser.error("--layers must be at least 1, --hidden a multiple of 32")
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        parser.error(f"the folder of {args.json} does not exist")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    record = environment(torch.device("cpu"), torch.get_num_threads())
+    record = begin(parser, args)
     try:
         rows = [row for model in args.models for row in measure_forms(args, model)]
     except Refused as refusal:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
-from ceilings import environment
+from command import add_shared, begin
 from results import SCHEMA, write
 
 import t2kernels as t2k
@@ -151,7 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--new-tokens", type=int, default=128, help="of each request (128)")
     add("--rounds", type=int, default=5, help="beside one that warms up (5)")
     add("--no-invariant", dest="invariant", action="store_false", help="leave that mode out")
-    add("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
+    add_shared(parser)
     return parser
 
 
@@ -163,9 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--width, --layers, --rows, --new-tokens and --rounds must be at least 1")
     if args.model and args.tokenizer:
         parser.error("--tokenizer is for the random model, --model brings its own")
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        parser.error(f"the folder of {args.json} does not exist")
-    record = environment(torch.device("cpu"), torch.get_num_threads())
+    record = begin(parser, args)
     result = run(args)
     print(f"{args.rows} requests, {args.new_tokens} new tokens, {record['threads']} threads")
     for row in result["rows"]:

@@ -38,7 +38,8 @@ except ImportError as error:
     sys.exit(f"bench_svf: {error}. Run it with the Python that t2kernels is installed in.")
 
 import goals
-from ceilings import Bandwidth, environment, matmul_gflops
+from ceilings import Bandwidth, matmul_gflops
+from command import add_shared, begin
 from contestants import LineUp, Options, Skipped
 from harness import Contestant, Refused, Samples, Verdict, check, make_timer, measure, ratio
 from layers import Layer
@@ -65,14 +66,14 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add_shared(parser, device=True)
     add("--quick", action="store_true", help="one shape, few token counts, under two minutes")
-    add("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
     add("--plot", type=Path, metavar="FILE", help="draw the result as a PNG (needs matplotlib)")
     add("--shapes", type=parse_shape, nargs="+", metavar="INxOUT")
     add("--dtypes", choices=ALL_DTYPES, nargs="+")
     add("--tokens", type=parse_tokens, nargs="+", metavar="T")
-    add("--threads", type=parse_tokens, metavar="N", help="CPU threads; default: torch's own")
+    add("--slots", type=parse_tokens, nargs="+", metavar="S", help="diagonals; 1 comes first")
+    add("--training-tokens", type=parse_tokens, nargs="+", metavar="T", help="of a step (512)")
     add("--seconds", type=float, metavar="S", help="for a contestant in a line-up (cpu 0.15)")
     add("--minutes", type=float, metavar="M", help="start no line-up after this (cpu 25, cuda 8)")
     add("--forms", action="store_true", help="every form of the CUDA kernels by name, too")
@@ -87,20 +88,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments, checked before anything is measured."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available() and not args.dry_run:
-        parser.error("--device cuda: this torch sees no CUDA device")
+    if args.slots is not None and (args.slots != sorted(set(args.slots)) or args.slots[0] != 1):
+        parser.error(f"--slots must begin with 1 and grow, got {args.slots}")
     if args.seconds is not None and not 0 < args.seconds < 60:
         parser.error(f"--seconds must lie between 0 and 60, got {args.seconds}")
     if args.minutes is not None and not args.minutes > 0:
         parser.error(f"--minutes must be positive, got {args.minutes}")
-    for path in (args.json, args.plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            parser.error(f"the folder of {path} does not exist")
     if args.plot is not None:
+        if not args.plot.absolute().parent.is_dir():
+            parser.error(f"the folder of {args.plot} does not exist")
         try:
             import matplotlib  # noqa: F401
         except ImportError:
             parser.error("--plot needs matplotlib (pip install matplotlib)")
+    args.record = None if args.dry_run else begin(parser, args)
     return args
 
 
@@ -179,7 +180,7 @@ def run_case(
         row = _row(case, contestant, verdict, samples[index], (gbs, gflops))
         row["read_gbs"], row["matmul_gflops"] = gbs, gflops
         # The three-op form that does the same work: with a gather where there are slots.
-        slots = 64 if contestant.slots > 1 else 1
+        slots = line_up.many if contestant.slots > 1 else 1
         for key, other in (("three_op", ("three-op", slots)), ("dense", ("dense", 1))):
             if other in place:
                 value, low, high = ratio(samples[index], samples[place[other]])
@@ -226,7 +227,8 @@ def _format_training(row: dict[str, Any]) -> str:
     ratios = [f"{row[k]:.2f}" if k in row else "–" for k in ("ratio_three_op", "ratio_rebuilt")]
     return (
         f"{head}{row['time_us']:>12.1f} us  peak {row['peak_mem_mib']:>7.1f} MiB  largest "
-        f"{row['largest_mem_mib']:>6.1f} MiB  /three-op {ratios[0]}  /rebuilt {ratios[1]}"
+        f"{row['largest_mem_mib']:>6.1f} MiB  kept {row['kept_mib']:>6.1f} MiB  "
+        f"/three-op {ratios[0]}  /rebuilt {ratios[1]}"
     )
 
 
@@ -243,19 +245,15 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The whole run; prints as it goes."""
     device = torch.device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    threads = torch.get_num_threads()
-    begin = time.perf_counter()
-    record = environment(device, threads)
-    bandwidth = Bandwidth(device, threads)
+    began, record = time.perf_counter(), args.record
+    bandwidth = Bandwidth(device, torch.get_num_threads())
     record["bandwidth_method"] = bandwidth.method
     print(json.dumps(record, ensure_ascii=False, indent=1), flush=True)
     cases = chosen_cases(args)
     matmul: dict[torch.dtype, float] = {}
     # Before the line-ups: a run that reaches its time limit has it all the same.
     training = [] if args.no_training else _training(args, cases, device)
-    deadline = begin + 60 * (args.minutes or _default(_MINUTES, args))
+    deadline = began + 60 * (args.minutes or _default(_MINUTES, args))
     rows, absent, missed = _line_ups(args, cases, device, bandwidth, matmul, deadline)
     record["matmul_gflops"] = {str(d).removeprefix("torch."): v for d, v in matmul.items()}
     outcomes = goals.evaluate(rows, training)
@@ -265,10 +263,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f"  {entry['name']} in {entry['line_ups']} line-ups: {entry['reason']}")
     if missed:
         print(f"\nout of time, not measured: {', '.join(map(str, missed))}")
-    record["seconds"] = round(time.perf_counter() - begin, 1)
+    record["seconds"] = round(time.perf_counter() - began, 1)
     print(f"\n{goals.render(outcomes)}\n{record['seconds']:.0f} s", flush=True)
     return {
         "schema": SCHEMA,
+        "benchmark": "svf",
         "environment": record,
         "goals": [o.as_dict() for o in outcomes],
         "absent": absent,
@@ -297,7 +296,8 @@ def _line_ups(
             missed += group
             continue
         with torch.inference_mode():
-            layer = Layer(shape, dtype, device)
+            slots = None if args.slots is None else tuple(args.slots)
+            layer = Layer(shape, dtype, device, slots=slots)
             # Measured again for every layer: the best so far is the ceiling.
             found_rate = matmul_gflops(layer.activations, device)
             matmul[layer.activations] = max(found_rate, matmul.get(layer.activations, 0.0))
@@ -332,10 +332,11 @@ def _training(args: argparse.Namespace, cases: list[Case], device: torch.device)
     for shape, dtype in pairs:
         if dtype in t2kernels.FACTOR_KINDS or (dtype == "fp16" and device.type == "cpu"):
             continue
-        tokens = min(_TRAINING_TOKENS, max(1, shape.rank // 4))
-        found = measure_training(shape, dtype, tokens, device, seconds=seconds)
-        print(*map(_format_training, found), sep="\n", flush=True)
-        rows += found
+        default = min(_TRAINING_TOKENS, max(1, shape.rank // 4))
+        for tokens in args.training_tokens or [default]:
+            found = measure_training(shape, dtype, tokens, device, seconds=seconds)
+            print(*map(_format_training, found), sep="\n", flush=True)
+            rows += found
     return rows
 
 

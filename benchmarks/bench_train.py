@@ -46,7 +46,7 @@ try:
 except ImportError as error:
     sys.exit(f"bench_train: {error}. Run it with the Python that t2kernels[hf] is installed in.")
 
-from ceilings import environment
+from command import add_shared, begin
 from harness import Contestant, CpuTimer, Refused, measure, ratio
 from results import SCHEMA, write
 from torch import Tensor
@@ -83,8 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--layers", type=int, default=12)
     add("--hidden", type=int, default=768)
     add("--seconds", type=float, default=60.0, help="for each form at each size (60)")
-    add("--threads", type=int, help="default: torch's own")
-    add("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
+    add_shared(parser)
     return parser
 
 
@@ -308,11 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--tokens must be multiples of {ROW_TOKENS}, got {args.tokens}")
     if args.layers < 1 or args.hidden < 64 or args.hidden % 64:
         parser.error("--layers must be at least 1, --hidden a multiple of 64")
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        parser.error(f"the folder of {args.json} does not exist")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    record = environment(torch.device("cpu"), torch.get_num_threads())
+    record = begin(parser, args)
     try:
         rows = measure_steps(args)
     except Refused as refusal:

@@ -142,6 +142,17 @@ def _version(name: str) -> str | None:
         return None
 
 
+def _driver() -> str | None:
+    """The version of the NVIDIA driver, from the tool that comes with it."""
+    command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = done.stdout.split()
+    return lines[0] if done.returncode == 0 and lines else None
+
+
 def environment(device: torch.device, threads: int) -> dict[str, Any]:
     """Everything that a reader needs to judge the numbers; no path and no host name."""
     record: dict[str, Any] = {
@@ -157,6 +168,7 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "peft": _version("peft"),
+        "transformers": _version("transformers"),
         "t2kernels": t2k.__version__,
     }
     native = _native()
@@ -169,5 +181,8 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         record["gpu"] = properties.name
         record["gpu_sms"] = properties.multi_processor_count
+        record["gpu_memory_mib"] = properties.total_memory >> 20
+        record["gpu_l2_mib"] = properties.L2_cache_size >> 20
         record["cuda"] = torch.version.cuda
+        record["driver"] = _driver()
     return record

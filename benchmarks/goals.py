@@ -1,4 +1,4 @@
-"""The goals that the project set itself, and what a run says about each of them."""
+"""The goals for a CPU, and what a run says about each of them; for a GPU: ``gpu_goals.py``."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ class Outcome:
     limit: str
     measured: str
     met: bool | None  # None: the run holds no row that bears on it
+    table: str = ""  # of the goals for a GPU, and the phase of gpu.py that measures this one
+    phase: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def _where(row: Row) -> str:
+    if "where" in row:
+        return str(row["where"])
     slots = f" slots={row['slots']}" if row.get("slots", 1) > 1 else ""
     return f"{row['dtype']} {row['shape']} T={row['tokens']}{slots}"
 
 
-def _worst(
+def worst(
     goal: str,
     limit: float,
     pairs: Iterable[tuple[float, Row]],
@@ -103,28 +107,28 @@ def evaluate(rows: list[Row], training: list[Row]) -> list[Outcome]:
     held = sum(bool(r["weight_sized_buffer"]) for r in factorised)
     largest = max((r["largest_mem_mib"] for r in factorised), default=0.0)
     return [
-        _worst(
+        worst(
             "bf16 native, T 1–8, time against three-op", 0.75,
             _select(rows, "ours native", three, within("bf16", 1, 8)), interval=spread,
         ),
-        _worst(
+        worst(
             "bf16 native, T 1–4, share of the read bandwidth", 85,
             _select(rows, "ours native", "percent_of_bandwidth", within("bf16", 1, 4)),
             at_least=True, percent=True,
         ),
-        _worst(
+        worst(
             "fp32 native, T 2–4, time against three-op", 0.40,
             _select(rows, "ours native", three, within("fp32", 2, 4)), interval=spread,
         ),
-        _worst(
+        worst(
             "fp32 native, T 5–16, time against three-op", 0.60,
             _select(rows, "ours native", three, within("fp32", 5, 16)), interval=spread,
         ),
-        _worst(
+        worst(
             "int8 factors, T 1–4, time against three-op bf16", 0.45,
             _select(rows, "ours native", three, within("int8", 1, 4)), interval=spread,
         ),
-        _worst(
+        worst(
             "int8 factors, T 1–4, square, time against dense bf16", 1.0,
             _select(
                 rows, "ours native", "ratio_dense",
@@ -132,7 +136,7 @@ def evaluate(rows: list[Row], training: list[Row]) -> list[Outcome]:
             ),
         ),
         *(
-            _worst(
+            worst(
                 f"{kind} factors, relative output error", limit,
                 (
                     (100 * v, r)
@@ -142,16 +146,16 @@ def evaluate(rows: list[Row], training: list[Row]) -> list[Outcome]:
             )
             for kind, limit in (("int8", 1.5), ("fp8", 4.0))
         ),
-        _worst(
+        worst(
             "the policy's choice, any T and dtype, time against three-op", 1.03,
             _select(rows, "ours", three, lambda r: True), interval=spread,
         ),
-        _worst(
+        worst(
             "64 different slots, time against one", 1.05,
             ((v, r) for v, r in _relative(rows, "ours", lambda r: ("ours", 1)) if r["slots"] == 64),
         ),
         _bits("batch-invariant: a row alone and in a batch", rows, "same_bits_alone", ours),
-        _worst(
+        worst(
             "batch-invariant: time against the policy's choice, decode", 1.2,
             _relative(rows, "ours invariant", lambda r: ("ours", r["slots"])),
         ),

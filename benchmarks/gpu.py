@@ -7,8 +7,9 @@
 The package is installed with its CUDA kernels into .gpu/site, which later phases find again, so
 phases may run in separate calls on a machine that keeps the folder. Needed there: torch, nvcc,
 setuptools, cmake, ninja, pytest, and pybind11 (or just torch, which carries its headers).
-Each phase is stopped after nine minutes. At most eight files come out: one log per phase, what
-the benchmarks write, and summary.json.
+Each phase is stopped after nine minutes. What comes out: one log per phase, one file of results
+per benchmark, and summary.json with every goal, measured or not. Where that is more than eight
+files, all but the summary are packed into results.tar.gz.
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+# Also where Python leaves the script's own folder out of its path (-P, PYTHONSAFEPATH).
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from gpu_goals import evaluate, files, render
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".gpu"
@@ -105,30 +112,106 @@ def test_all(run: Run) -> list[Command]:
     return [pytest(*arguments, "-n", workers, "--dist", "loadfile")]
 
 
-def bench(run: Run) -> list[Command]:
-    device = ["--device", "cpu", "--quick"] if run.dry else ["--device", "cuda"]
-    script = str(ROOT / "benchmarks" / "bench_svf.py")
-    return [[sys.executable, script, *device, "--json", str(run.out / "bench_svf.json")]]
+def script(name: str, *arguments: str) -> Command:
+    return [sys.executable, str(ROOT / "benchmarks" / name), *arguments]
+
+
+# A layer, a number of tokens and a time that a rehearsal on a CPU is over in seconds with.
+REHEARSAL = "--device cpu --shapes 64x96 --seconds 0.01 --dtypes bf16 int8 fp8"
+LARGE = "4096x14336 4096x4096 14336x4096"
+
+
+def line_ups(run: Run, name: str, arguments: str, rehearsed: str) -> Command:
+    """bench_svf.py with the options of a phase, or with those of its rehearsal."""
+    chosen = f"{REHEARSAL} {rehearsed}" if run.dry else f"--device cuda {arguments}"
+    return script("bench_svf.py", *chosen.split(), "--json", str(run.out / f"{name}.json"))
+
+
+def sanitizer(run: Run) -> list[Command]:
+    """The CUDA kernels on small cases under compute-sanitizer, where the tool is."""
+    return [script("sanitize.py", *(["--dry-run"] if run.dry else []))]
 
 
 def forms(run: Run) -> list[Command]:
     """Every form of the CUDA kernels at decode sizes, and which wins where."""
-    size = ["--dtypes", "bf16", "int8", "fp16", "--tokens", "1", "4", "8", "16", "32", "64", "128"]
-    device = ["--device", "cuda", *size]
+    both = "--forms --no-compile --no-peft --no-training"
+    sizes = "--dtypes bf16 int8 fp8 fp16 --tokens 1 4 8 16 32 64 128"
+    measure = line_ups(run, "forms", f"{both} {sizes}", f"{both} --tokens 1")
+    return [measure, script("forms.py", str(run.out / "forms.json"))]
+
+
+def decode(run: Run) -> list[Command]:
+    """T up to 128: every backend beside every baseline; the goals of decode."""
+    both = "--no-compile --no-peft --no-training"
+    shapes = f"--shapes {LARGE} 4096x1024 --dtypes bf16 int8 fp8"
+    sizes = f"{both} {shapes} --tokens 1 8 32 64 128 --slots 1 128"
+    return [line_ups(run, "decode", sizes, f"{both} --tokens 1 8 --slots 1 8")]
+
+
+def prefill(run: Run) -> list[Command]:
+    """T from 512: against library products, delta, ragged slots."""
+    both = "--no-compile --no-peft --no-training --slots 1 64"
+    sizes = f"{both} --shapes {LARGE} 4096x1024 --dtypes bf16 --tokens 8192 2048 512 32768"
+    return [line_ups(run, "prefill", sizes, f"{both} --tokens 256")]
+
+
+def train(run: Run) -> list[Command]:
+    """A training step of one layer: time, memory, what is kept for backward."""
+    both = "--no-compile --no-peft --tokens 1"
+    sizes = f"{both} --shapes {LARGE} --dtypes bf16 --training-tokens 2048 8192"
+    return [line_ups(run, "train", sizes, f"{both} --training-tokens 32")]
+
+
+def peers(run: Run) -> list[Command]:
+    """What other phases leave out: compiled torch, PEFT, fp16 and fp32."""
+    sizes = "--no-training --dtypes bf16 fp16 fp32 --tokens 1 32 128"
+    return [line_ups(run, "peers", sizes, "--no-training --tokens 4")]
+
+
+def rehearsable(run: Run, name: str, *arguments: str) -> Command:
+    """A benchmark with --device, --quick and --json, writing a file named after it."""
+    device = ["--device", "cpu", "--quick"] if run.dry else ["--device", "cuda"]
+    result = run.out / f"{name.removeprefix('bench_').removesuffix('.py')}.json"
+    return script(name, *device, *arguments, "--json", str(result))
+
+
+def model(run: Run) -> list[Command]:
+    """The 8B model: merge, decode and prefill of 1 to 64 requests."""
+    small = ["--seconds", "0.01", "--requests", "2", "--prompt", "8"]
+    return [rehearsable(run, "bench_model.py", *(small if run.dry else []))]
+
+
+def compiled(run: Run) -> list[Command]:
+    """Its decode step through torch.compile, and launched from Python."""
+    result = ["--json", str(run.out / "model-compiled.json")]
+    few = ["--only", "decode", "--requests", "32", "--factors", "bf16", "int8", "--eager"]
     if run.dry:
-        device = ["--device", "cpu", "--shapes", "256x256", "--tokens", "1", "--seconds", "0.01"]
-    folder, result = ROOT / "benchmarks", str(run.out / "forms.json")
-    measure = [sys.executable, str(folder / "bench_svf.py"), *device, "--forms", "--json", result]
-    leave_out = ["--no-compile", "--no-peft", "--no-training"]
-    return [[*measure, *leave_out], [sys.executable, str(folder / "forms.py"), result]]
+        few = ["--quick", "--only", "decode", "--requests", "2", "--factors", "bf16"]
+        return [script("bench_model.py", "--device", "cpu", *few, "--targets", "mlp", *result)]
+    return [script("bench_model.py", "--device", "cuda", *few, "--compile", *result)]
+
+
+def decompose(run: Run) -> list[Command]:
+    """All linears of the 8B shape; the next call goes on where this one stops."""
+    state = WORK / ("decompose-rehearsal.json" if run.dry else "decompose.json")
+    if run.dry:
+        state.unlink(missing_ok=True)
+    return [rehearsable(run, "bench_decompose.py", "--state", str(state))]
 
 
 PHASES: dict[str, Callable[[Run], list[Command]]] = {
     "build": build,
     "test-gpu": test_gpu,
     "forms": forms,
+    "decode": decode,
+    "prefill": prefill,
+    "model": model,
+    "train": train,
+    "decompose": decompose,
+    "compiled": compiled,
+    "peers": peers,
+    "sanitizer": sanitizer,
     "test-all": test_all,
-    "bench": bench,
 }
 
 
@@ -211,13 +294,33 @@ def main() -> int:
             break
     failed = any(result["status"] for result in results.values())
     found = probe(env)
-    summary = {"dry_run": run.dry, "phases": results, "environment": found}
-    (run.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    outcomes = evaluate(files(sorted(run.out.glob("*.json"))), any_device=run.dry)
+    summary = {
+        "dry_run": run.dry,
+        "phases": results,
+        "environment": found,
+        "goals": [outcome.as_dict() for outcome in outcomes],
+    }
+    (run.out / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     print(json.dumps(found, indent=1))
-    files = [path for path in run.out.rglob("*") if path.is_file()]
-    if len(files) > MAX_FILES:
-        print(f"gpu: {len(files)} files in {run.out}; at most {MAX_FILES} travel back.")
+    print("goals, rehearsed on a CPU: the figures mean nothing" if run.dry else "goals")
+    print(render(outcomes))
+    pack(run.out)
     return 1 if failed else 0
+
+
+def pack(folder: Path) -> None:
+    """Put all but the summary into one file where there are more than may travel back."""
+    found = sorted(path for path in folder.iterdir() if path.is_file())
+    if len(found) <= MAX_FILES:
+        return
+    rest = [path for path in found if path.name != "summary.json" and path.suffix != ".gz"]
+    with tarfile.open(folder / "results.tar.gz", "w:gz") as archive:
+        for path in rest:
+            archive.add(path, arcname=path.name)
+    for path in rest:
+        path.unlink()
+    print(f"gpu: {len(rest)} files are in {folder / 'results.tar.gz'}")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ class Contestant:
     context: Callable[[], AbstractContextManager[object]] = nullcontext
     # The bits of a row must not depend on the batch: call_row(t) computes row t alone.
     call_row: Callable[[int], Tensor] | None = None
+    # False: launched from Python at every call on a GPU too, as eager code is; never as a graph.
+    capture: bool = True
     # Ours: outputs are poisoned before the gate, and a second call must give the same bits.
     ours: bool = False
 
@@ -116,8 +118,9 @@ class CpuTimer:
 class CudaTimer:
     """Events around the replay of one graph that goes once through all weight sets.
 
-    What cannot be captured (host reads, Python that copies lists to the device) is timed by
-    events around eager calls, launch cost included, and says so in the column ``timing``.
+    A contestant that wants no capture is timed eagerly, launch cost included ("eager"), and so is
+    what cannot be captured (host reads, Python that copies lists to the device), called "events" in
+    the column ``timing``.
     """
 
     def __init__(self, sets: int) -> None:
@@ -136,6 +139,8 @@ class CudaTimer:
             self._run_all(contestant)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
+        if not contestant.capture:
+            return "eager"
         graph = torch.cuda.CUDAGraph()
         try:
             with contestant.context(), torch.cuda.graph(graph):

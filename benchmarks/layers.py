@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import MAX_SLOTS, Case, Shape
+from shapes import DECODE_TOKENS, SLOTS, Case, Shape
 from torch import Tensor
 
 import t2kernels as t2k
@@ -25,6 +25,7 @@ LORA_RANK = 16
 _CACHES = 4
 _FALLBACK_CACHE_BYTES = 64 << 20
 _MAX_SETS = 64
+_LORA_SETS = 4
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,12 @@ class Layer:
         *,
         seed: int = 0,
         sets: int | None = None,
+        slots: tuple[int, ...] | None = None,
     ) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
         self.activations = Case(shape, dtype, 1).activations
-        self.seed = seed
+        self.seed, self.slots = seed, slots or SLOTS[device.type]
+        most = max(self.slots)
         generator = torch.Generator(device).manual_seed(seed)
 
         def randn(*size: int) -> Tensor:
@@ -110,14 +113,17 @@ class Layer:
             t2k.quantize(factors, dtype) if dtype in t2k.FACTOR_KINDS else None,
         )
         self.sets = [first]
-        self.D = S * (1 + 0.3 * randn(MAX_SLOTS, r))  # (slots, r) fp32
-        # LoRA's A (slots, k, n) and B (slots, m, k).
-        self.lora_a = (randn(MAX_SLOTS, LORA_RANK, n) / n**0.5).to(self.activations)
-        self.lora_b = (randn(MAX_SLOTS, m, LORA_RANK) / LORA_RANK**0.5).to(self.activations)
+        self.D = S * (1 + 0.3 * randn(most, r))  # (slots, r) fp32
+        A = (randn(most, LORA_RANK, n) / n**0.5).to(self.activations)
+        B = (randn(most, m, LORA_RANK) / LORA_RANK**0.5).to(self.activations)
         least = min(m * n * U.element_size(), r * (m + n) * (1 if dtype in t2k.FACTOR_KINDS else 4))
         needed = -(-_CACHES * cache_bytes(device) // least)
         count = min(max(needed, 2), _MAX_SETS) if sets is None else sets
         self.sets += [first.clone() for _ in range(count - 1)]
+        # LoRA's A (slots, k, n) and B (slots, m, k): many of them are as large as the weight, and
+        # as little may they wait in a cache.
+        copies = min(count, _LORA_SETS)
+        self.lora = [(A, B)] + [(A.clone(), B.clone()) for _ in range(copies - 1)]
 
     @cached_property
     def doubled(self) -> WeightSet:
@@ -135,13 +141,13 @@ class Layer:
         linear.in_features, linear.out_features = self.shape.in_features, self.shape.out_features
         linear.weight = torch.nn.Parameter(self.sets[0].weight, requires_grad=False)
         config = peft.LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=["layer"])
-        for slot in range(MAX_SLOTS):
+        for slot in range(max(self.slots)):
             if hasattr(model, "peft_config"):
                 del model.peft_config  # else every further adapter warns
             peft.inject_adapter_in_model(config, model, adapter_name=f"a{slot}")
             adapted = model["layer"]
-            adapted.lora_A[f"a{slot}"].weight.data = self.lora_a[slot]
-            adapted.lora_B[f"a{slot}"].weight.data = self.lora_b[slot]
+            adapted.lora_A[f"a{slot}"].weight.data = self.lora[0][0][slot]
+            adapted.lora_B[f"a{slot}"].weight.data = self.lora[0][1][slot]
         model.eval()
         adapted.set_adapter("a0")
         return adapted
@@ -157,6 +163,15 @@ class Layer:
         return x.to(self.device, self.activations)
 
     def slot(self, tokens: int, slots: int) -> Tensor:
-        """(T,) int32: one block of tokens a slot; every token another slot where T < slots."""
+        """(T,) int32: one run of tokens a slot; every token another slot where T < slots.
+
+        Runs are equal at decode sizes. Above, they are as unequal as prompts are: the longest up
+        to seven times the shortest.
+        """
         t = torch.arange(tokens, dtype=torch.int64)
-        return (t * slots // tokens).to(torch.int32).to(self.device)
+        if tokens <= DECODE_TOKENS:
+            return (t * slots // tokens).to(torch.int32).to(self.device)
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        ends = (0.25 + 1.5 * torch.rand(slots, generator=generator)).cumsum(0)
+        ends = (ends * tokens / ends[-1]).long()[:-1]  # where the next slot begins
+        return torch.searchsorted(ends, t, right=True).to(torch.int32).to(self.device)

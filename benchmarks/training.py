@@ -1,7 +1,8 @@
 """One training step of one layer, forward and backward to x and z: time and memory.
 
 The memory of a step is what it allocates beyond its inputs at its peak, and its largest single
-buffer: a factorised step must not hold any buffer of the weight's size.
+buffer: a factorised step must not hold any buffer of the weight's size. Between forward and
+backward lives what autograd keeps; with `recompute` nothing of it may be as large as T×r.
 """
 
 from __future__ import annotations
@@ -9,23 +10,26 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contestants import three_op
 from harness import GATE_FLOOR, Contestant, Refused, make_timer, measure, ratio
 from layers import Layer, WeightSet
+from lineup import three_op
 from shapes import Shape
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import t2kernels as t2k
+from t2kernels.ops import dispatch
 from t2kernels.testing import relative_error
 
 Step = Callable[[Tensor, Tensor, WeightSet], Tensor]  # x, z, weights -> y
+Within = Callable[[], AbstractContextManager[object]]
 
 
 def _ours(x: Tensor, z: Tensor, w: WeightSet, *, recompute: bool = False) -> Tensor:
@@ -49,6 +53,41 @@ STEPS: dict[str, Step] = {
 }
 
 
+def steps_here(device: torch.device, layer: Layer, tokens: int) -> dict[str, tuple[Step, Within]]:
+    """The forms that can run here and what each runs within: on a GPU also those whose kernels are
+    asked for by name, in backward too."""
+    steps: dict[str, tuple[Step, Within]] = {n: (step, nullcontext) for n, step in STEPS.items()}
+    if device.type == "cuda":
+        f = layer.sets[0].factors
+        triton = dispatch.load("triton")
+        reason = triton.unavailable(layer.x(tokens), f.U, f.V, layer.D[0], f.S, None, None, None)
+        if reason is None:
+            for name in ("ours", "ours recompute"):
+                named = name.replace("ours", "ours triton")
+                steps[named] = (STEPS[name], partial(t2k.backend, "triton"))
+    return steps
+
+
+def kept(step: Step, x: Tensor, z: Tensor, w: WeightSet) -> list[int]:
+    """Bytes of each buffer that autograd keeps for backward beside the step's own inputs."""
+    x, z = x.detach().requires_grad_(), z.detach().requires_grad_()
+    inputs = (x, z, w.weight, *w.factors, *w.leading)
+    own = {t.untyped_storage().data_ptr() for t in inputs}
+    found: dict[int, int] = {}
+
+    def note(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        y = step(x, z, w)
+    sizes = list(found.values())
+    del y
+    return sizes
+
+
 def gradients(step: Step, x: Tensor, z: Tensor, g: Tensor, w: WeightSet) -> tuple[Tensor, Tensor]:
     """(dx, dz) of one step."""
     x, z = x.detach().requires_grad_(), z.detach().requires_grad_()
@@ -63,11 +102,16 @@ def allocations(run: Callable[[], object], device: torch.device) -> tuple[int, i
     """(peak bytes beyond the start, largest single allocation) of one call."""
     run()
     activities = [ProfilerActivity.CPU]
+    before = 0
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     with profile(activities=activities, profile_memory=True) as record:
-        kept = run()
-    del kept
+        result = run()
+    del result
+    highest = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         record.export_chrome_trace(str(path))
@@ -82,7 +126,7 @@ def allocations(run: Callable[[], object], device: torch.device) -> tuple[int, i
     for size in sizes:
         held += size
         peak = max(peak, held)
-    return peak, max(sizes, default=0)
+    return max(peak, highest), max(sizes, default=0)
 
 
 def measure_training(
@@ -99,10 +143,14 @@ def measure_training(
     weight_bytes = shape.in_features * shape.out_features * x.element_size()
     rows: list[dict[str, Any]] = []
     contestants = []
-    for name, step in STEPS.items():
+    for name, (step, within) in steps_here(device, layer, tokens).items():
         row: dict[str, Any] = {"shape": str(shape), "dtype": dtype, "tokens": tokens, "name": name}
         rows.append(row)
-        found = gradients(step, x, z, g, layer.sets[0])
+        call = partial(_step_on_set, step, x, z, g, layer)
+        with within():
+            found = gradients(step, x, z, g, layer.sets[0])
+            alive = kept(step, x, z, layer.sets[0])
+            peak, largest = allocations(partial(call, 0), device)
         for part, got, want, near in zip(("dx", "dz"), found, truth, plain):
             error = relative_error(got, want)
             limit = 2 * relative_error(near, want) + GATE_FLOOR
@@ -111,11 +159,12 @@ def measure_training(
                 row["refused"] = f"{part}: relative error {error:.2e}, allowed {limit:.2e}"
         if "refused" in row:
             continue
-        call = partial(_step_on_set, step, x, z, g, layer)
-        peak, largest = allocations(partial(call, 0), device)
         row.update(peak_mem_mib=peak / 2**20, largest_mem_mib=largest / 2**20)
         row["weight_sized_buffer"] = largest >= weight_bytes
-        contestants.append((row, Contestant(name, 1, call, _no_formula, 0, 0)))
+        row["kept_mib"] = sum(alive) / 2**20
+        whole = tokens * shape.rank * x.element_size()
+        row["keeps_tokens_by_rank"] = max(alive, default=0) >= whole
+        contestants.append((row, Contestant(name, 1, call, _no_formula, 0, 0, within)))
     timer = make_timer(device, len(layer.sets))
     with torch.enable_grad():
         samples = measure([c for _, c in contestants], timer, seconds=seconds)
