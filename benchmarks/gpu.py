@@ -175,6 +175,12 @@ def rehearsable(run: Run, name: str, *arguments: str) -> Command:
     return script(name, *device, *arguments, "--json", str(result))
 
 
+def parts(run: Run) -> list[Command]:
+    """Layers that share x as one call."""
+    small = ["--tokens", "4", "--seconds", "0.01"]
+    return [rehearsable(run, "bench_parts.py", *(small if run.dry else []))]
+
+
 def model(run: Run) -> list[Command]:
     """The 8B model: merge, decode and prefill of 1 to 64 requests."""
     small = ["--seconds", "0.01", "--requests", "2", "--prompt", "8"]
@@ -206,6 +212,7 @@ PHASES: dict[str, Callable[[Run], list[Command]]] = {
     "decode": decode,
     "prefill": prefill,
     "model": model,
+    "parts": parts,
     "train": train,
     "decompose": decompose,
     "compiled": compiled,
