@@ -20,6 +20,7 @@ from .explain import Explanation as Explanation
 from .explain import explain as explain
 from .files import CorruptFileError as CorruptFileError
 from .files import SaveError as SaveError
+from .graphs import StepGraphs as StepGraphs
 from .nn import SVFLinear as SVFLinear
 from .ops.dispatch import BACKENDS as BACKENDS
 from .ops.dispatch import backend as backend

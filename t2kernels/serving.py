@@ -185,10 +185,7 @@ class Slots:
         The routing may be assigned anew inside. May be nested with ``bank.use``; the inner decides.
         """
         plan = self.plan(self.batch if batch is None else batch)
-        self._bank._check_model()
-        self._check_device("use")
-        if self._bank._route.merged is not None:
-            raise RuntimeError("Slots.use: an expert is merged; call bank.unmerge() first.")
+        self.check_ready()
         with self.reading(), self._bank._route.using(plan):
             yield
 
@@ -197,6 +194,14 @@ class Slots:
         """Inside, the current stream may enqueue work that reads the slots, such as a replay."""
         with self._order.reading(self.arena.device):
             yield
+
+    def check_ready(self) -> None:
+        """Raise where a batch would not be computed under these slots: the model was reverted or
+        moved, or an expert is merged."""
+        self._bank._check_model()
+        self._check_device("use")
+        if self._bank._route.merged is not None:
+            raise RuntimeError("Slots.use: an expert is merged; call bank.unmerge() first.")
 
     def plan(self, batch: int) -> Plan:
         """The plan of batches of this size: one object for ever, its rows a view of ``rows``."""

@@ -1,0 +1,304 @@
+"""StepGraphs with a graph for the CPU in the place of CUDA's: what is captured, what a replay sees.
+
+The stand-in writes down the operations of a capture with the very tensors they were given, and a
+replay runs these again: no Python of the model, no routing object, the same addresses. That is
+what a CUDA graph does; tests/gpu/test_graphs.py has the real one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import t2kernels as t2k
+from t2kernels import graphs as module
+from t2kernels.ops.cuda_forms import Barriers
+
+CPU = torch.device("cpu")
+
+
+class Recording(TorchDispatchMode):
+    def __init__(self, calls: list[Any]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+
+class CPUGraph:
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.replays = 0
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        self.replays += 1
+        for func, args, kwargs, before in self.calls:
+            given = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if is_tensor(t)}
+            for old, new in zip(tree_leaves(before), tree_leaves(func(*args, **kwargs))):
+                # A view, or a write in place, is where it was.
+                if is_tensor(old) and old.untyped_storage().data_ptr() not in given:
+                    old.copy_(new)
+
+
+def is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+class FakeCUDA:
+    """What graphs.py uses of torch.cuda."""
+
+    CUDAGraph = CPUGraph
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.capturing = False
+
+    def current_stream(self, device: torch.device) -> Any:
+        return SimpleNamespace(wait_stream=lambda other: self.log.append("current waits"))
+
+    def Stream(self, device: torch.device) -> Any:
+        return SimpleNamespace(wait_stream=lambda other: self.log.append("side waits"))
+
+    def graph_pool_handle(self) -> str:
+        return "pool"
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        self.log.append("warm-up")
+        yield
+
+    @contextmanager
+    def graph(self, graph: CPUGraph, *, pool: str, stream: Any) -> Iterator[None]:
+        assert pool == "pool"
+        self.log.append("capture")
+        self.capturing = True
+        try:
+            with Recording(graph.calls):
+                yield
+        finally:
+            self.capturing = False
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCUDA:
+    fake = FakeCUDA()
+    monkeypatch.setattr(module, "_cuda", fake)
+    monkeypatch.setattr(module, "_DEVICE", "cpu")
+    return fake
+
+
+class Tiny(nn.Module):
+    """Tokens in, logits out; Python that ran at replay would show in ``calls``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 11)
+        self.calls = 0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.calls += 1
+        return self.down(torch.tanh(self.up(self.embed(ids))))
+
+
+@pytest.fixture
+def bank() -> t2k.ExpertBank:
+    torch.manual_seed(0)
+    model = Tiny().eval()
+    t2k.convert(model, progress=False)
+    bank = t2k.ExpertBank(model)
+    gen = torch.Generator().manual_seed(1)
+    for name in ("math", "code"):
+        z = {n: 1 + 0.5 * torch.randn(m.rank, generator=gen) for n, m in bank._layers.items()}
+        bank.add(name, t2k.Expert(z))
+    return bank
+
+
+IDS = torch.randint(0, 11, (8, 1), generator=torch.Generator().manual_seed(2))
+
+
+def make(bank: t2k.ExpertBank, slots: t2k.Slots | None, **more: Any) -> t2k.StepGraphs:
+    given = {"batches": (4, 2), "slots": slots, **more}
+    return t2k.StepGraphs(lambda ids: bank.model(ids), {"ids": IDS[:1]}, **given)
+
+
+def eager(bank: t2k.ExpertBank, routing: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad(), bank.use(routing):
+        y: Tensor = bank.model(ids)
+    return y
+
+
+def test_a_replay_sees_every_new_routing_mixture_and_expert(
+    bank: t2k.ExpertBank, cuda: FakeCUDA
+) -> None:
+    slots = bank.slots(4)
+    graphs = make(bank, slots)
+    calls = bank.model.calls
+    assert (graphs.batches, calls) == ((2, 4), 2 * 3)
+
+    def check(routing: list[Any], ids: Tensor) -> None:
+        before = bank.model.calls
+        y = graphs(ids=ids)
+        assert bank.model.calls == before, "Python ran"
+        torch.testing.assert_close(y, eager(bank, routing, ids))
+
+    check([None, None], IDS[:2])
+    slots.admit(0, "math")
+    slots.admit(3, {"math": 0.5, "code": 0.5})
+    slots.assign([3, None, 0])
+    check([{"math": 0.5, "code": 0.5}, None, "math"], IDS[:3])
+    slots.assign([0, 0, 3, None])
+    check(["math", "math", {"math": 0.5, "code": 0.5}, None], IDS[3:7])
+    slots.admit(3, {"code": -1.0})
+    check(["math", "math", {"code": -1.0}, None], IDS[3:7])
+    bank.add("new", t2k.Expert({"up": torch.full((8,), 2.0)}))
+    slots.admit(3, "new")
+    slots.assign([3, 0])
+    check(["new", "math"], IDS[:2])
+    assert [graph.replays for graph in graphs._graphs.values()] == [3, 2]
+
+
+def test_prefill_of_several_tokens_a_row(bank: t2k.ExpertBank, cuda: FakeCUDA) -> None:
+    """The repeated rows of the plan are written in place by ``assign``."""
+    slots, ids = bank.slots(2), IDS.view(2, 4)
+    graphs = t2k.StepGraphs(bank.model, {"ids": ids}, batches=(2,), slots=slots)
+    slots.admit(0, "math")
+    slots.admit(1, "code")
+    for rows, routing in (([0, 1], ["math", "code"]), ([1, None], ["code", None])):
+        slots.assign(rows)
+        torch.testing.assert_close(graphs(ids=ids), eager(bank, routing, ids))
+
+
+def test_the_smallest_graph_that_holds_the_rows(bank: t2k.ExpertBank, cuda: FakeCUDA) -> None:
+    graphs = make(bank, None, batches=[1, 4, 2, 2], padding={"ids": 7})
+    assert graphs.batches == (1, 2, 4)
+    for rows, batch in ((1, 1), (2, 2), (3, 4), (4, 4)):
+        before = graphs._graphs[batch].replays
+        y = graphs(ids=IDS[:rows])
+        assert graphs._graphs[batch].replays == before + 1
+        assert y.shape == (rows, 1, 11)
+        assert y.data_ptr() == graphs.outputs[batch].data_ptr()
+        torch.testing.assert_close(y, eager(bank, None, IDS[:rows]))
+    graphs(ids=IDS[:3])
+    assert graphs.inputs["ids"].tolist() == [*IDS[:3].tolist(), [7]]
+    graphs.inputs["ids"].copy_(IDS[4:])
+    torch.testing.assert_close(graphs.replay(4), eager(bank, None, IDS[4:]))
+
+
+def test_warm_up_comes_before_each_capture(bank: t2k.ExpertBank, cuda: FakeCUDA) -> None:
+    """The counters of the cooperative kernel can only be made outside of a capture."""
+    barriers, addresses = Barriers(), []
+
+    def step(ids: Tensor) -> Tensor:
+        addresses.append(barriers.address(CPU, 0, 5, cuda.capturing))
+        return ids + 1
+
+    t2k.StepGraphs(step, {"ids": IDS}, batches=(1, 2), warmup=3)
+    assert cuda.log == ["side waits", "warm-up", "capture", "current waits"] * 2
+    # The stream's own in every warm-up; one for each capture.
+    assert len(addresses) == 8 and len(set(addresses)) == 3
+
+
+def test_shared_inputs_and_outputs_of_every_kind(cuda: FakeCUDA) -> None:
+    def step(x: Tensor, at: Tensor) -> dict[str, Any]:
+        return {"sum": x + at, "pair": (x * 2, [at + 1]), "word": "same"}
+
+    x, at = torch.arange(3.0).view(3, 1), torch.tensor([10.0, 20.0])
+    graphs = t2k.StepGraphs(step, {"x": x, "at": at}, batches=(4,), shared=["at"])
+    out = graphs(x=x, at=at + 1)
+    assert out["sum"].tolist() == (x + at + 1).tolist()
+    assert out["pair"][0].shape == (3, 1) and out["word"] == "same"
+    assert out["pair"][1][0].tolist() == [12.0, 22.0]
+
+
+WRONG_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({}, ValueError, r"expected the inputs \['ids'\], got \[\]"),
+    ({"idx": IDS}, ValueError, r"got \['idx'\]"),
+    ({"ids": IDS.int()}, TypeError, "ids must be torch.int64, got torch.int32"),
+    ({"ids": [1]}, TypeError, "ids must be torch.int64, got list"),
+    ({"ids": IDS[:2, 0]}, ValueError, r"ids must have shape \('rows', 1\), got \(2,\)"),
+    ({"ids": IDS.view(4, 2)}, ValueError, r"got \(4, 2\)"),
+    ({"ids": IDS}, ValueError, "1 to 4 rows, got 8"),
+    ({"ids": IDS[:0]}, ValueError, "1 to 4 rows, got 0"),
+]
+
+
+@pytest.mark.parametrize(("given", "error", "words"), WRONG_CALLS)
+def test_wrong_calls(
+    bank: t2k.ExpertBank, cuda: FakeCUDA, given: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    graphs = make(bank, None)
+    with pytest.raises(error, match=words):
+        graphs(**given)
+    with pytest.raises(ValueError, match=r"batch must be one of \(2, 4\), got 3"):
+        graphs.replay(3)
+
+
+def test_rows_beyond_the_batch_must_be_the_base(bank: t2k.ExpertBank, cuda: FakeCUDA) -> None:
+    slots = bank.slots(4)
+    graphs = make(bank, slots)
+    slots.admit(0, "math")
+    slots.assign([0, 0, None, 0])
+    with pytest.raises(
+        ValueError, match=r"3 rows, but slots are assigned to rows beyond it: \[0\]"
+    ):
+        graphs(ids=IDS[:3])
+    graphs(ids=IDS[:2])  # the graph for two rows does not see the others
+
+
+def test_what_happened_to_the_model_since(bank: t2k.ExpertBank, cuda: FakeCUDA) -> None:
+    graphs = make(bank, bank.slots(4))
+    bank.merge("math")
+    with pytest.raises(RuntimeError, match="an expert is merged"):
+        graphs(ids=IDS[:2])
+    bank.unmerge()
+    t2k.revert(bank.model)
+    with pytest.raises(RuntimeError, match="was reverted"):
+        graphs.replay(2)
+
+
+WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"step": 3}, TypeError, "step must be callable"),
+    ({"inputs": {}}, ValueError, "non-empty"),
+    ({"inputs": {"x": 1.0}}, TypeError, "x must be a tensor, got float"),
+    ({"inputs": {"x": torch.tensor(1.0)}}, ValueError, "x has no axis; name it in shared"),
+    ({"batches": ()}, ValueError, "batches must be a list of ints"),
+    ({"batches": (0,)}, ValueError, "batches must be a list of ints"),
+    ({"batches": 4}, ValueError, "batches must be a list of ints"),
+    ({"warmup": 0}, ValueError, "warmup must be an int ≥ 1"),
+    ({"shared": ["y"]}, ValueError, r"shared names \['y'\], expected some of \['x'\]"),
+    ({"shared": ["x"]}, ValueError, "every input is shared"),
+    ({"padding": {"y": 1}}, ValueError, r"padding names \['y'\]"),
+    ({"inputs": {"x": torch.ones(1, device="meta")}}, RuntimeError, "x is on meta"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "words"), WRONG)
+def test_wrong_arguments(
+    cuda: FakeCUDA, change: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    given = {"step": lambda x: x, "inputs": {"x": torch.ones(2)}, "batches": (1, 2), **change}
+    with pytest.raises(error, match=words):
+        t2k.StepGraphs(given.pop("step"), given.pop("inputs"), **given)
+
+
+def test_slots_for_smaller_batches(bank: t2k.ExpertBank, cuda: FakeCUDA) -> None:
+    with pytest.raises(ValueError, match="a batch of 4 rows, but the slots are for 3"):
+        make(bank, bank.slots(8, batch=3))
+
+
+def test_a_cpu_is_refused(bank: t2k.ExpertBank) -> None:
+    with pytest.raises(RuntimeError, match=r"need inputs on a GPU, ids is on cpu.*the step itself"):
+        make(bank, None)
