@@ -78,7 +78,8 @@ class FactorStore:
         return same_layer(name, self._entries, lambda s: self._entries[s]["fingerprint"] == mark)
 
     def info(self, name: str) -> dict[str, Any]:
-        """shape, rank, dtype, transposed, fingerprint, accuracy, seconds, file, bytes, sha256."""
+        """shape, rank, dtype, transposed, fingerprint, method, repeated, accuracy, seconds, file,
+        bytes, sha256."""
         return dict(self._entry(name)[1])
 
     def load(

@@ -32,7 +32,7 @@ from .files import (
     save_tensors,
     write_json,
 )
-from .svd import accuracy, decompose, fingerprint
+from .svd import accuracy, decompose_and_tell, fingerprint
 from .targets import Targets, listed
 
 __all__ = ["FactorStore", "decompose_checkpoint"]
@@ -57,15 +57,17 @@ def decompose_checkpoint(
     dtype: torch.dtype | None = None,
     precision: str = "fp32",
     device: str | torch.device | None = None,
+    method: str | None = None,
     progress: bool = True,
     overwrite: bool = False,
 ) -> FactorStore:
     """Decomposes the 2-D weights of a checkpoint into the folder ``out``; see ``decompose``.
 
     Run it again after a kill: finished weights are kept if the settings and their fingerprints
-    agree. A run with other ``targets`` adds to the folder; nothing is removed. In memory are at
-    most one weight, its factors and the workspace of its SVD (fp32: about 7 copies of the weight,
-    fp64 twice that).
+    agree. A run with other ``targets`` adds to the folder, so that a large checkpoint can be done
+    in parts; nothing is removed. In memory are at most one weight, its factors and the workspace
+    of its SVD (fp32: about 7 copies of the weight in fp32, fp64 and "gram" twice that). The
+    manifest says of every weight what made it and how accurate it is.
 
     Args:
         path: a local Hugging Face folder (``model.safetensors`` or an index of shards) or one
@@ -76,6 +78,8 @@ def decompose_checkpoint(
         dtype: of U and V; None is each weight's own.
         precision: "fp32" or "fp64", see ``decompose``.
         device: where to compute; None is the first GPU where there is one, else the CPU.
+        method: "svd", "gram" or None, see ``decompose``. A weight that misses the bounds is made
+            again by "svd" in fp64, and its entry says so.
         progress: a bar with the layer and the time left, on stderr if that is a terminal.
         overwrite: drop the factors that are in ``out`` instead of going on.
 
@@ -129,7 +133,9 @@ def decompose_checkpoint(
         }
         write_json(folder / MANIFEST, manifest)
         for weight in _with_bar(pending, len(weights), progress):
-            entries[weight.name] = _decompose_one(folder, weight, rank, dtype, precision, device)
+            entries[weight.name] = _decompose_one(
+                folder, weight, rank, dtype, precision, device, method
+            )
             manifest["weights"] = {name: entries[name] for name in order if name in entries}
             manifest["complete"] = len(manifest["weights"]) == len(order)
             write_json(folder / MANIFEST, manifest)
@@ -145,6 +151,7 @@ def _decompose_one(
     dtype: torch.dtype | None,
     precision: str,
     device: str | torch.device,
+    method: str | None,
 ) -> dict[str, Any]:
     """Factors of one weight on the disk; returns its entry in the manifest."""
     start = time.perf_counter()
@@ -154,13 +161,8 @@ def _decompose_one(
     # factors to bf16 are told apart.
     full = torch.float64 if stored == torch.float64 else torch.float32
     try:
-        factors = decompose(
-            values,
-            rank=None if rank is None else min(rank, weight.rank),
-            dtype=full,
-            precision=precision,
-            device=device,
-        )
+        cut = None if rank is None else min(rank, weight.rank)
+        factors, how = decompose_and_tell(values, cut, full, precision, device, method)
     except ValueError as error:
         raise ValueError(f"{weight.file}: {weight.name}: {error}") from error
     measured = "fp64" if full == torch.float64 else precision
@@ -180,6 +182,9 @@ def _decompose_one(
         "dtype": _dtype_name(stored),
         "transposed": weight.transposed,
         "fingerprint": mark,
+        "method": how,
+        # The first result missed its bounds.
+        "repeated": how == "svd fp64" and full == torch.float32 and precision == "fp32",
         "accuracy": {
             "relative_error": reached.relative_error,
             "relative_error_stored": relative_error_stored,

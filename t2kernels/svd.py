@@ -1,8 +1,8 @@
 """Weight -> factors: W = U diag(S) Vᵀ, once per weight, checked and reproducible.
 
 A layer of Transformer² keeps U, S and V of its weight and never forms W again, so the error made
-here is in everything that follows. The decomposition is therefore checked where it is made:
-an fp32 result that misses its bound is redone in fp64.
+here is in everything that follows. The decomposition is therefore checked where it is made: a
+result that misses its bound is redone in fp64 (``lapack.py``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .lapack import measuring_dtype, residual, thin_svd
+from .lapack import METHODS, measuring_dtype, residual, thin_svd
 
 __all__ = [
     "Accuracy",
@@ -87,6 +87,7 @@ def decompose(
     dtype: torch.dtype | None = None,
     precision: str = "fp32",
     device: str | torch.device | None = None,
+    method: str | None = None,
 ) -> SVDFactors:
     """Thin SVD W = U diag(S) Vᵀ with fixed signs (paper, section 3.1).
 
@@ -110,6 +111,9 @@ def decompose(
             1e-7. fp64 factors are always computed in fp64.
         device: where to compute and leave the result; None is the weight's. Devices without an
             SVD of their own (mps, xpu) compute on the CPU.
+        method: "svd" is the library's routine; "gram" goes by the eigenvectors of WᵀW and a QR,
+            in fp64, to the bounds of "fp32" (not with precision="fp64" or fp64 factors); see
+            ``lapack.py``. None: "gram" on a GPU where it may be, else "svd".
 
     Returns:
         ``SVDFactors(U (m, r), S (r,), V (n, r))``; S is fp32 (fp64 if U and V are fp64).
@@ -122,7 +126,7 @@ def decompose(
             unknown precision.
         RuntimeError: LAPACK did not converge even in fp64.
 
-    Cost: LAPACK's gesdd; memory at its peak: see ``decompose_checkpoint``.
+    Cost: LAPACK's gesdd on a CPU; memory at its peak: see ``decompose_checkpoint``.
 
     >>> import torch
     >>> f = decompose(torch.tensor([[3.0, 0.0], [0.0, -4.0], [0.0, 0.0]]))
@@ -131,6 +135,18 @@ def decompose(
     >>> torch.allclose(reconstruct(f), torch.tensor([[3.0, 0.0], [0.0, -4.0], [0.0, 0.0]]))
     True
     """
+    return decompose_and_tell(weight, rank, dtype, precision, device, method)[0]
+
+
+def decompose_and_tell(
+    weight: Tensor,
+    rank: int | None,
+    dtype: torch.dtype | None,
+    precision: str,
+    device: str | torch.device | None,
+    method: str | None,
+) -> tuple[SVDFactors, str]:
+    """``decompose``, and what made the result: "gram", "svd fp32" or "svd fp64"."""
     _check_weight(weight)
     m, n = weight.shape
     full = min(m, n)
@@ -158,7 +174,7 @@ def decompose(
             "Is the checkpoint damaged, or was it cast to fp16 out of range?"
         )
     compute = torch.float64 if dtype == torch.float64 else _PRECISIONS[precision]
-    U, S, Vh = thin_svd(source, compute)
+    U, S, Vh, how = thin_svd(source, compute, _method(method, compute, place))
     factors = SVDFactors(
         U[:, :rank].to(dtype).contiguous(),
         S[:rank].to(_sigma_dtype(dtype)).contiguous(),
@@ -170,7 +186,21 @@ def decompose(
             f"(entries up to {float(source.abs().max()):.1e}). Scale the weight, or use "
             "dtype=torch.float64."
         )
-    return factors if place == target else factors.to(target)
+    return factors if place == target else factors.to(target), how
+
+
+def _method(method: str | None, compute: torch.dtype, place: torch.device) -> str:
+    """A name of ``lapack.METHODS``."""
+    if method is None:
+        return "gram" if place.type == "cuda" and compute == torch.float32 else "svd"
+    if method not in METHODS:
+        raise ValueError(f"decompose: method must be one of {METHODS} or None, got {method!r}.")
+    if method == "gram" and compute == torch.float64:
+        raise ValueError(
+            "decompose: method='gram' errs by up to 2e-8, which is too much for precision='fp64' "
+            "and fp64 factors. Use method='svd' or precision='fp32'."
+        )
+    return method
 
 
 def reconstruct(factors: SVDFactors, d: Tensor | None = None) -> Tensor:

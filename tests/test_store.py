@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from t2kernels import lapack
 from t2kernels import store as store_module
 from t2kernels.checkpoint import Checkpoint
 from t2kernels.files import CorruptFileError, SaveError, file_sha256
@@ -87,6 +88,28 @@ def test_whole_way(source: Path, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["complete"] and manifest["version"] == 1 and manifest["source"] == str(source)
     assert not [p for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
+
+
+def test_the_manifest_says_what_made_a_weight(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two methods in one folder; of the second, one result that misses its bounds."""
+    decompose_checkpoint(source, tmp_path / "out", targets="mlp", device="cpu")
+    gram, calls = lapack._gram, []
+
+    def sloppy(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        calls.append(weight)
+        U, S, Vh = gram(weight)
+        return U, S * (1 + 1e-5 * (len(calls) == 1)), Vh
+
+    monkeypatch.setattr(lapack, "_gram", sloppy)
+    store = decompose_checkpoint(source, tmp_path / "out", device="cpu", method="gram")
+    by = [(store.info(n)["method"], store.info(n)["repeated"]) for n in store.made]
+    assert by == [("svd fp64", True)] + [("gram", False)] * (len(store.made) - 1)
+    assert len(by) >= 2
+    assert all(store.info(n)["accuracy"]["relative_error"] <= 2e-7 for n in store.made)
+    others = [n for n in store.names if n not in store.made]
+    assert others and all(store.info(n)["method"] == "svd fp32" for n in others)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -191,6 +214,7 @@ KILL = """
 import os, signal, sys
 from t2kernels import files, store
 function, number, source, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+method = sys.argv[5]
 owner = files if function == "save_file" else os
 original, calls = getattr(owner, function), [0]
 
@@ -203,22 +227,26 @@ def killed(*args, **kwargs):
     return original(*args, **kwargs)
 
 setattr(owner, function, killed)
-store.decompose_checkpoint(source, out, device="cpu")
+store.decompose_checkpoint(source, out, device="cpu", method=method)
 """
 
 
 @POSIX
-@pytest.mark.parametrize(("function", "number"), [("save_file", 3), ("replace", 6), ("replace", 7)])
+@pytest.mark.parametrize(
+    ("function", "number", "method"),
+    [("save_file", 3, "svd"), ("replace", 6, "svd"), ("replace", 7, "gram")],
+)
 def test_kill_and_resume(
     source: Path,
     tmp_path: Path,
     function: str,
     number: int,
+    method: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     run = subprocess.run(
-        [sys.executable, "-c", KILL, function, str(number), str(source), str(out)],
+        [sys.executable, "-c", KILL, function, str(number), str(source), str(out), method],
         capture_output=True,
         text=True,
     )
@@ -235,9 +263,9 @@ def test_kill_and_resume(
     monkeypatch.setattr(
         store_module, "_decompose_one", lambda f, w, *a: done.append(w.name) or inner(f, w, *a)
     )
-    resumed = decompose_checkpoint(source, out, device="cpu")
+    resumed = decompose_checkpoint(source, out, device="cpu", method=method)
     assert len(done) == 6 - len(half["weights"]) and not set(done) & set(half["weights"])
-    decompose_checkpoint(source, whole, device="cpu")
+    decompose_checkpoint(source, whole, device="cpu", method=method)
     assert _hashes(out) == _hashes(whole) and resumed.names == FactorStore(whole).names
     assert not list(out.glob(".*.t2tmp"))
     for name, entry in half["weights"].items():

@@ -152,6 +152,97 @@ def test_random_state_and_gradients_are_left_alone() -> None:
     accuracy(weight, factors)
 
 
+def _spectrum(sigma: torch.Tensor, m: int, n: int) -> torch.Tensor:
+    r = sigma.shape[0]
+    Q, P = (torch.linalg.qr(_random(k, r, seed).double())[0] for seed, k in ((1, m), (2, n)))
+    return (Q * sigma.double()) @ P.t()
+
+
+GRAM = {
+    "random": lambda: _random(96, 160).double(),
+    "tall": lambda: _random(200, 40).double(),
+    "down to 1e-4": lambda: _spectrum(torch.logspace(0, -4, 80), 120, 80),
+    "down to 1e-8": lambda: _spectrum(torch.logspace(0, -8, 80), 80, 120),
+    "down to 1e-14": lambda: _spectrum(torch.logspace(0, -14, 80, dtype=torch.float64), 100, 100),
+    "rank 7": lambda: _spectrum(torch.linspace(2, 1, 7), 60, 90),
+    "two values": lambda: _spectrum(torch.tensor([3.0] * 30 + [1.0] * 30), 64, 60),
+    "one large": lambda: _spectrum(torch.tensor([1e6] + [1.0] * 59), 60, 60),
+    "zeros": lambda: torch.zeros(20, 30, dtype=torch.float64),
+    "equal": lambda: torch.ones(30, 20, dtype=torch.float64),
+    "identity": lambda: torch.eye(32, dtype=torch.float64),
+    "one row": lambda: _random(1, 50).double(),
+    "one column": lambda: _random(50, 1).double(),
+    "huge": lambda: _random(40, 30).double() * 1e200,
+    "tiny": lambda: _random(40, 30).double() * 1e-200,
+}
+
+
+@pytest.mark.parametrize("name", GRAM)
+def test_the_gram_matrix_is_as_accurate_as_lapack_in_fp32(name: str) -> None:
+    """In fp64, before anything is cast: residual, orthogonality, and every σ."""
+    weight = GRAM[name]()
+    U, S, Vh = lapack._gram(weight)
+    S_true = torch.linalg.svdvals(weight)
+    assert lapack.residual(weight, U, S, Vh, torch.float64) <= 1e-7
+    for Q in (U, Vh.t()):
+        assert float((Q.t() @ Q - torch.eye(Q.shape[1])).abs().max()) <= 1e-13
+    assert bool((S[:-1] >= S[1:]).all() and (S >= 0).all())
+    assert float((S - S_true).abs().max()) <= 2e-8 * float(S_true[0])
+    if name in ("random", "tall", "down to 1e-4", "two values"):  # well conditioned
+        assert lapack.residual(weight, U, S, Vh, torch.float64) <= 1e-11
+        assert float((S - S_true).abs().max()) <= 1e-13 * float(S_true[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("m", "n"), [(96, 64), (64, 96), (1, 8), (33, 33)])
+def test_gram_keeps_what_decompose_promises(m: int, n: int, dtype: torch.dtype) -> None:
+    weight = _random(m, n).to(dtype)
+    factors = decompose(weight, method="gram", dtype=torch.float32)
+    _check(weight, factors, 2e-7)
+    exact = decompose(weight, precision="fp64", dtype=torch.float32)
+    assert torch.allclose(factors.S, exact.S, rtol=1e-6)
+    assert torch.allclose(factors.U[:, :8], exact.U[:, :8], atol=1e-4)  # the same signs
+    stored = decompose(weight, method="gram", rank=1)
+    assert stored.U.dtype == dtype and stored.rank == 1
+
+
+@pytest.mark.parametrize("fault", ["residual", "orthogonality", "nan", "no convergence"])
+def test_a_bad_gram_result_is_repeated_and_said(
+    fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    weight, gram = _random(32, 20), lapack._gram
+
+    def sloppy(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if fault == "no convergence":
+            raise torch.linalg.LinAlgError("no")
+        U, S, Vh = gram(A)
+        if fault == "residual":
+            return U, S * (1 + 1e-5), Vh
+        if fault == "nan":
+            return U, S * float("nan"), Vh
+        Vh[11] += 2e-5 * Vh[9]
+        return U, S, Vh
+
+    monkeypatch.setattr(lapack, "_gram", sloppy)
+    with caplog.at_level("INFO"):
+        factors, how = svd.decompose_and_tell(weight, None, None, "fp32", None, "gram")
+    assert how == "svd fp64" and "repeating in fp64" in caplog.text and "gram" in caplog.text
+    _check(weight, factors, 1e-7)
+
+
+def test_which_method() -> None:
+    weight = _random(8, 6)
+    assert svd.decompose_and_tell(weight, None, None, "fp32", None, None)[1] == "svd fp32"
+    assert svd.decompose_and_tell(weight, None, None, "fp32", None, "gram")[1] == "gram"
+    assert svd._method(None, torch.float32, torch.device("cuda")) == "gram"
+    assert svd._method(None, torch.float64, torch.device("cuda")) == "svd"
+    with pytest.raises(ValueError, match="method must be one of .*got 'qdwh'"):
+        decompose(weight, method="qdwh")
+    for options in ({"precision": "fp64"}, {"dtype": torch.float64}):
+        with pytest.raises(ValueError, match="errs by up to 2e-8.*Use method='svd'"):
+            decompose(weight, method="gram", **options)  # type: ignore[arg-type]
+
+
 def test_a_bad_fp32_result_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, gesdd, seen = _random(32, 20), lapack._gesdd, []
 
@@ -302,7 +393,8 @@ def test_a_steep_spectrum_is_measured_whole() -> None:
     """The error sits in the few directions of the large σ, where random probes miss it."""
     Q, P = (torch.linalg.qr(_random(200, 100, seed).double())[0] for seed in (1, 2))
     weight = (Q * torch.logspace(0, -8, 100) @ P.t()).float()
-    U, S, Vh = lapack.thin_svd(weight, torch.float32)
+    U, S, Vh, how = lapack.thin_svd(weight, torch.float32)
+    assert how == "svd fp32"
     want = accuracy(weight, decompose(weight)).relative_error
     assert lapack.residual(weight, U, S, Vh, torch.float64) == pytest.approx(want, rel=1e-3)
     S[0] *= 1 + 1e-5
@@ -322,13 +414,26 @@ def test_accuracy_of_a_real_size(m: int, n: int) -> None:
 @pytest.mark.parametrize(("m", "n"), [(512, 512), (256, 1024), (1024, 256), (4096, 4096)])
 def test_gpu(m: int, n: int) -> None:
     weight = _random(m, n)
-    factors = decompose(weight.cuda())
+    factors, how = svd.decompose_and_tell(weight.cuda(), None, None, "fp32", None, None)
+    assert how == "gram"
     assert all(t.is_cuda for t in factors)
     _check(weight, factors.to("cpu"))
     assert fingerprint(weight.cuda()) == fingerprint(weight)
     assert decompose(weight, device="cuda").U.is_cuda
     exact = decompose(weight.cuda(), precision="fp64").to("cpu")
     _check(weight, exact, 1e-7)
+    assert torch.allclose(factors.S.cpu(), exact.S, rtol=1e-6)
     # Same signs as on the CPU, where neighbouring singular values are apart.
     same = decompose(weight, precision="fp64")
     assert torch.allclose(exact.U[:, :8], same.U[:, :8], atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", GRAM)
+def test_gpu_awkward(name: str) -> None:
+    weight = GRAM[name]()
+    U, S, Vh = lapack._gram(weight.cuda())
+    S_true = torch.linalg.svdvals(weight)
+    assert lapack.residual(weight, U.cpu(), S.cpu(), Vh.cpu(), torch.float64) <= 1e-7
+    assert float((S.cpu() - S_true).abs().max()) <= 2e-8 * float(S_true[0])

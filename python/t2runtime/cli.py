@@ -258,6 +258,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--overwrite", action="store_true", help="start anew instead of going on")
     p.add_argument("--float64", action="store_true", help="accurate to 1e-7 instead of 5e-6")
     p.add_argument(
+        "--method", choices=("auto", "gram", "svd"), default="auto",
+        help="svd: the library's; gram: eigenvectors of WᵀW and a QR in fp64; auto: gram on a GPU",
+    )  # fmt: skip
+    p.add_argument(
         "--with-experts", action="store_true",
         help="also matrices of mixture-of-experts blocks that the model stacks into one tensor",
     )  # fmt: skip

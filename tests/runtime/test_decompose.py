@@ -42,11 +42,12 @@ def test_stacked_experts_are_left_out_unless_asked_for(
     said = decompose(capsys, mixtral, out)
     # Two blocks, three experts of three matrices; four of attention.
     assert "left out 18 matrices of experts" in said and "--with-experts" in said
-    assert len(t2k.FactorStore(out)) == 8
+    assert len(t2k.FactorStore(out)) == 8 and "made by svd fp32 (8)" in said
     model = transformers.MixtralForCausalLM.from_pretrained(mixtral)
     report = t2k.convert(model, decomposition=out, progress=False)
     assert len(report.converted) == 8 and "expert tensor" in str(report)
-    said = decompose(capsys, mixtral, out, "--with-experts")
+    said = decompose(capsys, mixtral, out, "--with-experts", "--method", "gram")
+    assert "made by gram (18)" in said
     assert "of experts" not in said and len(t2k.FactorStore(out)) == 26
     found = json.loads(decompose(capsys, mixtral, tmp_path / "json", "--json"))
     assert found["experts"] == {"matrices": 18, "left_out": True, "known": True}

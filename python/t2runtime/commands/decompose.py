@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         rank=args.rank,
         precision="fp64" if args.float64 else "fp32",
         device=device,
+        method=None if args.method == "auto" else args.method,
         overwrite=args.overwrite,
     )
     infos = {name: store.info(name) for name in store.names}
@@ -45,6 +47,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "bytes": sum(info["bytes"] for info in infos.values()),
         "seconds": sum(infos[name]["seconds"] for name in store.made),
         "accuracy": {name: info["accuracy"] for name, info in infos.items()},
+        "methods": {name: infos[name]["method"] for name in store.made},
+        "repeated": [name for name in store.made if infos[name]["repeated"]],
         "skipped": store.manifest["skipped"],
         "experts": {"matrices": experts, "left_out": stacked is True, "known": stacked is not None},
     }
@@ -61,6 +65,12 @@ def _stacks_experts(path: Path) -> bool | None:
     return not any(re.fullmatch(EXPERTS, name) for name, _ in model.named_modules())
 
 
+def _methods(methods: dict[str, str], repeated: list[str]) -> str:
+    """How many weights each way of computing made, and those whose first result would not do."""
+    told = ", ".join(f"{how} ({count})" for how, count in Counter(methods.values()).most_common())
+    return told + (f"; missed the bounds at first: {', '.join(repeated)}" if repeated else "")
+
+
 def show(result: dict[str, Any]) -> str:
     """Totals, and what was left out."""
     total = f"{result['weights']} weights, {result['bytes'] / 2**20:.1f} MiB of factors"
@@ -70,6 +80,8 @@ def show(result: dict[str, Any]) -> str:
     else:
         kept = f"; {earlier} of them made earlier" if earlier else ""
         lines = [f"{total} in {result['out']}, {result['seconds']:.1f} s of decomposition{kept}"]
+    if result["made"]:
+        lines.append("  made by " + _methods(result["methods"], result["repeated"]))
     experts = result["experts"]
     if experts["left_out"]:
         lines.append(
