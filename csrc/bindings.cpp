@@ -133,6 +133,10 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_mix", &mix, Unlocked(), arg("S"), arg("Z"), arg("z_stride"), arg("experts"), arg("z_dtype"), arg("alpha"),
         arg("indices"), arg("rows"), arg("offsets"), arg("layers"), arg("out"), arg("out_stride"), arg("slots"),
         arg("B"), arg("K"), arg("R"), arg("device"), arg("stream"));
+  m.def("cuda_svf_group", &svf_group, Unlocked(), arg("x"), arg("x_stride"), arg("U"), arg("V"), arg("d"),
+        arg("d_stride"), arg("slots"), arg("slot"), arg("base"), arg("bias"), arg("scale"), arg("y"), arg("work"),
+        arg("barrier"), arg("T"), arg("n"), arg("r"), arg("m"), arg("x_dtype"), arg("w_dtype"), arg("form"),
+        arg("tile"), arg("device"), arg("stream"));
 }
 #endif
 

@@ -1,4 +1,4 @@
-// One call of svf_decode with its types known, and what happens to a finished sum. Shared by all kernels.
+// One call of svf_decode or svf_group with its types known, and what happens to a finished sum. Shared by all kernels.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,15 +9,26 @@
 
 namespace t2::cuda {
 
-// Filled in by svf_cuda.cu, run by the file of its types.
+// Layers that share x, at most.
+constexpr int MAX_MEMBERS = 4;
+
+// One of them, with its own second product: y = work[:, column : column + r] U^T + bias.
+struct DecodeMember {
+  const void *U, *bias;
+  void* y;
+  std::int64_t r, m, column;
+};
+
+// Filled in by svf_cuda.cu, run by the file of its types. A layer alone is a group of one.
 struct DecodeCall {
-  const void *x, *U, *V;
+  const void *x, *V;
   const float *d, *base, *scale;
   const std::int32_t* slot;
-  const void* bias;
-  void *y, *h, *work;
+  void *h, *work;
   std::uint32_t* barrier;
-  std::int64_t x_stride, d_stride, slots, T, n, r, m;
+  std::int64_t x_stride, d_stride, slots, T, n, r;  // r: of all members together
+  DecodeMember member[MAX_MEMBERS];
+  int members;
   int form, tile;
   int device;
   cudaStream_t stream;
@@ -62,7 +73,7 @@ struct AddBias {
   const Out* bias;  // (m,) or null
   std::int64_t out_features;
 
-  static AddBias of(const DecodeCall& c) { return {static_cast<Out*>(c.y), static_cast<const Out*>(c.bias), c.m}; }
+  static AddBias of(const DecodeMember& m) { return {static_cast<Out*>(m.y), static_cast<const Out*>(m.bias), m.m}; }
 
   __device__ __forceinline__ void operator()(std::int64_t token, std::int64_t i, float sum) const {
     const float shift = bias == nullptr ? 0.0f : to_float(bias[i]);

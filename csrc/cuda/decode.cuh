@@ -112,9 +112,12 @@ void decode(const DecodeCall& c) {
   const Operands<Element, Weight> project{static_cast<const Element*>(c.x), c.x_stride,
                                           static_cast<const Weight*>(c.V), c.T, c.r, c.n, 0};
   launch_decode("svf_decode (x V)", project, ScaleByDiagonal<Element, float>::of(c), c.stream);
-  const Operands<float, Weight> expand{static_cast<const float*>(c.work), c.r, static_cast<const Weight*>(c.U), c.T,
-                                       c.m, c.r, 0};
-  launch_decode("svf_decode (h Uᵀ)", expand, AddBias<Element>::of(c), c.stream);
+  for (int i = 0; i < c.members; ++i) {
+    const DecodeMember& m = c.member[i];
+    const Operands<float, Weight> expand{static_cast<const float*>(c.work) + m.column, c.r,
+                                         static_cast<const Weight*>(m.U), c.T, m.m, m.r, 0};
+    launch_decode("svf_decode (h Uᵀ)", expand, AddBias<Element>::of(m), c.stream);
+  }
 }
 
 }  // namespace t2::cuda

@@ -3,6 +3,9 @@
 //     phase 0:  work = round((x V) * d_row * scale)      weight V stored (r, n), act x (T, n)
 //     phase 1:  y    = work U^T + bias                   weight U (m, r),        act work (T, r)
 //
+// Layers that share x are a group: phase 0 takes their V, stored one under another, as one weight, and phase 1 goes
+// over the items of one layer after another, each with its own U and its own columns of work.
+//
 // The weight is the 16-row operand of the tensor cores, tokens are the 8-column one. An item is ROWS rows of the
 // weight by TOKENS tokens; blocks take items in turn. A block has four warps, and each owns one quarter of k, with a
 // ring of its own in shared memory that copies fill STAGES - 1 steps ahead: no barrier inside a product. The ring
@@ -47,29 +50,54 @@ struct Product {
   int rows, length;
 };
 
+// The second product of one member of a group.
+template <typename Element, typename Weight>
+struct MmaMember {
+  Product<Element, Weight> product;
+  AddBias<Element> finish;
+  int first_item;  // of phase 1; beyond all items where there is no such member
+};
+
 template <typename Element, typename Weight>
 struct MmaCall {
-  Product<Element, Weight> product[2];
+  Product<Element, Weight> project;
+  MmaMember<Element, Weight> member[MAX_MEMBERS];
   int tokens;
+  int items[2];  // of a phase
   ScaleByDiagonal<Element, Element> scale;
-  AddBias<Element> finish;
   std::uint32_t* barrier;  // for a launch of both phases
   int first_phase, last_phase;
   int stages;
+
+  // Whose item of phase 1. Values and selections: an index into a kernel's arguments would cost a copy of them.
+  __device__ __forceinline__ MmaMember<Element, Weight> owner(int item) const {
+    MmaMember<Element, Weight> found = member[0];
+#pragma unroll
+    for (int i = 1; i < MAX_MEMBERS; ++i) {
+      if (item >= member[i].first_item) found = member[i];
+    }
+    return found;
+  }
 };
 
-// Which items of a phase a block has and which k its warps have of them.
+// An item: which rows and tokens of which product, and which k this warp has of it.
 template <typename Tile, typename Element, typename Weight>
 struct Share {
   using S = Stage<Tile, Element, Weight>;
-  // Values, not references: an index into the kernel's arguments would cost a copy of them.
-  int rows, length, token_tiles, items, begin, steps;
+  Product<Element, Weight> product;
+  int first_row, first_token, begin, steps;
 
-  __device__ __forceinline__ Share(const MmaCall<Element, Weight>& call, int phase) {
-    rows = phase == 0 ? call.product[0].rows : call.product[1].rows;
-    length = phase == 0 ? call.product[0].length : call.product[1].length;
-    token_tiles = (call.tokens - 1) / Tile::TOKENS + 1;
-    items = ((rows - 1) / Tile::ROWS + 1) * token_tiles;
+  __device__ __forceinline__ Share(const MmaCall<Element, Weight>& call, int phase, int item) {
+    if (phase == 0) {
+      product = call.project;
+    } else {
+      const MmaMember<Element, Weight> owner = call.owner(item);
+      product = owner.product;
+      item -= owner.first_item;
+    }
+    const int token_tiles = (call.tokens - 1) / Tile::TOKENS + 1, length = product.length;
+    first_row = item / token_tiles * Tile::ROWS;
+    first_token = item % token_tiles * Tile::TOKENS;
     const int quarter = ((length - 1) / (SLICES * SLICE_ALIGN) + 1) * SLICE_ALIGN;
     begin = static_cast<int>(threadIdx.x) / WARP * quarter;
     const int left = length - begin;
@@ -95,24 +123,25 @@ struct Cursor {
   __device__ __forceinline__ void enter(int next_phase) {
     phase = next_phase;
     item = static_cast<int>(blockIdx.x);
-    const Share<Tile, Element, Weight> share(call, phase);
-    items = share.items;
-    steps = share.steps;
+    items = phase == 0 ? call.items[0] : call.items[1];
     start_item();
   }
 
+  // The first item from `item` on of which this warp has any k: a product may be too short for all four warps.
   __device__ __forceinline__ void start_item() {
-    const Share<Tile, Element, Weight> share(call, phase);
-    const Weight* matrix = phase == 0 ? call.product[0].weight : call.product[1].weight;
-    const Element* tokens = phase == 0 ? call.product[0].act : call.product[1].act;
-    const std::int64_t stride = phase == 0 ? call.product[0].act_stride : call.product[1].act_stride;
-    step = 0;
-    weight.start(matrix, share.length, item / share.token_tiles * Tile::ROWS, share.rows, share.begin, share.length,
-                 lane);
-    act.start(tokens, stride, item % share.token_tiles * Tile::TOKENS, call.tokens, share.begin, share.length, lane);
+    for (; item < items; item += static_cast<int>(gridDim.x)) {
+      const Share<Tile, Element, Weight> share(call, phase, item);
+      if (share.steps == 0) continue;
+      const Product<Element, Weight>& from = share.product;
+      step = 0;
+      steps = share.steps;
+      weight.start(from.weight, from.length, share.first_row, from.rows, share.begin, from.length, lane);
+      act.start(from.act, from.act_stride, share.first_token, call.tokens, share.begin, from.length, lane);
+      return;
+    }
   }
 
-  __device__ __forceinline__ bool has_step() const { return item < items && steps > 0; }
+  __device__ __forceinline__ bool has_step() const { return item < items; }
 
   __device__ __forceinline__ void next_step() {
     weight.advance();
@@ -273,19 +302,20 @@ __global__ void __launch_bounds__(MMA_THREADS, 2)
       }
       ring.activations_exist(call, phase);
     }
-    const Share<Tile, Element, Weight> share(call, phase);
-    for (int item = static_cast<int>(blockIdx.x); item < share.items; item += static_cast<int>(gridDim.x)) {
+    const int items = phase == 0 ? call.items[0] : call.items[1];
+    for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
+      const Share<Tile, Element, Weight> share(call, phase, item);
       float acc[Tile::ROWS / 16][Tile::TOKENS / 8][4] = {};
       for (int step = 0; step < share.steps; ++step) {
         multiply_stage<Tile, Element, Weight>(ring.next(), lane, acc);
       }
-      const int first_token = item % share.token_tiles * Tile::TOKENS;
-      const int first_row = item / share.token_tiles * Tile::ROWS;
-      meet<Tile>(acc, partial, call.tokens - first_token, share.rows - first_row, [&](int token, int row, float sum) {
+      const AddBias<Element> finish = call.owner(item).finish;
+      const int tokens = call.tokens - share.first_token, rows = share.product.rows - share.first_row;
+      meet<Tile>(acc, partial, tokens, rows, [&](int token, int row, float sum) {
         if (phase == 0) {
-          call.scale(first_token + token, first_row + row, sum);
+          call.scale(share.first_token + token, share.first_row + row, sum);
         } else {
-          call.finish(first_token + token, first_row + row, sum);
+          finish(share.first_token + token, share.first_row + row, sum);
         }
       });
     }

@@ -1,6 +1,7 @@
 // Host side of the tensor-core kernel: the tile for so many tokens, the plan for this machine, the form of launch.
 #pragma once
 
+#include <limits>
 #include <stdexcept>
 
 #include "decode_mma.cuh"
@@ -32,25 +33,38 @@ struct MmaTile {
   static std::int64_t items(std::int64_t rows, std::int64_t tokens) {
     return (rows + Tile::ROWS - 1) / Tile::ROWS * ((tokens + Tile::TOKENS - 1) / Tile::TOKENS);
   }
-  // For a launch of one product with so many rows, or of both.
-  static Plan planned(const DecodeCall& c, std::int64_t rows, std::int64_t other_rows, const Machine& machine) {
-    const std::int64_t least = items(std::min(rows, other_rows), c.T), most = items(std::max(rows, other_rows), c.T);
-    return plan(STAGE_BYTES, Tile::MEET_BYTES, least, most, c.form == kMmaPdl, machine);
+  // For a launch of one phase with so many items, or of both.
+  static Plan planned(int form, std::int64_t items, std::int64_t other_items, const Machine& machine) {
+    const std::int64_t least = std::min(items, other_items), most = std::max(items, other_items);
+    return plan(STAGE_BYTES, Tile::MEET_BYTES, least, most, form == kMmaPdl, machine);
   }
-  static bool fits(const DecodeCall& c, const Machine& machine) { return planned(c, c.r, c.m, machine).stages != 0; }
+  static bool fits(int form, const Machine& machine) { return planned(form, 1, 1, machine).stages != 0; }
+
+  static MmaCall<Element, Weight> arguments(const DecodeCall& c) {
+    MmaCall<Element, Weight> call{};
+    call.project = {static_cast<const Element*>(c.x), c.x_stride, static_cast<const Weight*>(c.V), int(c.r), int(c.n)};
+    std::int64_t after = 0;
+    for (int i = 0; i < MAX_MEMBERS; ++i) {
+      call.member[i].first_item = i < c.members ? int(after) : std::numeric_limits<int>::max();
+      if (i >= c.members) continue;
+      const DecodeMember& m = c.member[i];
+      call.member[i].product = {static_cast<const Element*>(c.work) + m.column, c.r, static_cast<const Weight*>(m.U),
+                                int(m.m), int(m.r)};
+      call.member[i].finish = AddBias<Element>::of(m);
+      after += items(m.m, c.T);
+    }
+    const std::int64_t first = items(c.r, c.T), most = std::numeric_limits<int>::max() / 2;
+    if (first > most || after > most) throw std::invalid_argument("svf_decode: too many rows for one launch");
+    call.items[0] = int(first), call.items[1] = int(after);
+    call.tokens = int(c.T);
+    call.scale = ScaleByDiagonal<Element, Element>::of(c);
+    call.barrier = c.barrier;
+    return call;
+  }
 
   static void run(const DecodeCall& c, const Machine& machine) {
     const auto kernel = decode_mma_kernel<Tile, Element, Weight>;
-    MmaCall<Element, Weight> call{
-        {{static_cast<const Element*>(c.x), c.x_stride, static_cast<const Weight*>(c.V), int(c.r), int(c.n)},
-         {static_cast<const Element*>(c.work), c.r, static_cast<const Weight*>(c.U), int(c.m), int(c.r)}},
-        int(c.T),
-        ScaleByDiagonal<Element, Element>::of(c),
-        AddBias<Element>::of(c),
-        c.barrier,
-        0,
-        1,
-        0};
+    MmaCall<Element, Weight> call = arguments(c);
     cudaLaunchAttribute attribute = {};
     const auto start = [&](const char* what, const Plan& p, unsigned attributes) {
       if (p.stages == 0) throw std::runtime_error("t2kernels: svf_decode: too little shared memory for tensor cores");
@@ -63,15 +77,15 @@ struct MmaTile {
     if (c.form == kMmaCooperative) {
       attribute.id = cudaLaunchAttributeCooperative;
       attribute.val.cooperative = 1;
-      return start("svf_decode (cooperative)", planned(c, c.r, c.m, machine), 1);
+      call.last_phase = 1;
+      return start("svf_decode (cooperative)", planned(c.form, call.items[0], call.items[1], machine), 1);
     }
-    call.last_phase = 0;
-    start("svf_decode (x V)", planned(c, c.r, c.r, machine), 0);
+    start("svf_decode (x V)", planned(c.form, call.items[0], call.items[0], machine), 0);
     call.first_phase = call.last_phase = 1;
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     const bool overlap = c.form == kMmaPdl && waits_for_the_kernel_before(kernel, machine);
-    start("svf_decode (h Uᵀ)", planned(c, c.m, c.m, machine), overlap ? 1 : 0);
+    start("svf_decode (h Uᵀ)", planned(c.form, call.items[1], call.items[1], machine), overlap ? 1 : 0);
   }
 
  private:
@@ -109,7 +123,7 @@ void with_tile(const DecodeCall& c, const Machine& machine, Use use) {
     default: break;
   }
   if (c.T <= Few::TOKENS) return use(Few{});
-  if (c.T > Some::TOKENS && Many::fits(c, machine)) return use(Many{});
+  if (c.T > Some::TOKENS && Many::fits(c.form, machine)) return use(Many{});
   use(Some{});
 }
 

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace t2::cuda {
 
@@ -50,5 +51,17 @@ void svf_decode(Address x, std::int64_t x_stride, Address U, Address V, Address 
                 std::int64_t slots, Address slot, Address base, Address bias, Address scale, Address y, Address h,
                 Address work, Address barrier, std::int64_t T, std::int64_t n, std::int64_t r, std::int64_t m,
                 int x_dtype, int w_dtype, int form, int tile, int device, Address stream);
+
+// The same for layers that share x (q, k, v; gate, up): one first product over all their V, then every member's second
+// one. V stores the members' (r, n) one under another as (R, n), R = the sum of r; d, base, scale, work have R columns,
+// one member's beside the next's. Member i, of at most four: U[i] (m[i], r[i]), bias[i] (m[i],) or 0, y[i] (T, m[i]).
+// kFma: a launch for x V and one for every member; the tensor-core forms: as many launches as for one layer, the
+// second products of all members in one. A tensor-core form wants every r[i] in multiples of 8 (16 with 8 bits).
+// A member's bits are those of svf_decode for it alone, in the same form.
+void svf_group(Address x, std::int64_t x_stride, const std::vector<Address>& U, Address V, Address d,
+               std::int64_t d_stride, std::int64_t slots, Address slot, Address base, const std::vector<Address>& bias,
+               Address scale, const std::vector<Address>& y, Address work, Address barrier, std::int64_t T,
+               std::int64_t n, const std::vector<std::int64_t>& r, const std::vector<std::int64_t>& m, int x_dtype,
+               int w_dtype, int form, int tile, int device, Address stream);
 
 }  // namespace t2::cuda

@@ -8,6 +8,7 @@ the number of tokens. Backward uses torch's matrix products and sums in a fixed 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -17,10 +18,18 @@ from torch import Tensor
 
 from . import cuda_forms
 from .cuda_forms import MAX_TOKENS
-from .layout import TYPE_CODES, unfit
+from .layout import TYPE_CODES, unfit, unfit_group
 from .torch_backend import backward
 
-__all__ = ["MAX_TOKENS", "NAME", "backward", "forward", "unavailable"]
+__all__ = [
+    "MAX_TOKENS",
+    "NAME",
+    "backward",
+    "forward",
+    "forward_group",
+    "group_unavailable",
+    "unavailable",
+]
 
 NAME = "cuda"
 
@@ -76,12 +85,34 @@ def unavailable(
     scale: Tensor | None,
 ) -> str | None:
     """None if these kernels can run the call, else the reason; looks at metadata only."""
+    reason = _elsewhere(x) or unfit(x, U, V, d, base, slot, bias, scale, kinds=KINDS)
+    return reason or _too_many(x.shape[0])
+
+
+def group_unavailable(
+    x: Tensor,
+    Us: Sequence[Tensor],
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None,
+    biases: Sequence[Tensor | None],
+    scale: Tensor | None,
+) -> str | None:
+    """None if ``forward_group`` can run the call, else the reason; looks at metadata only.
+
+    A form asked for by name that these layers cannot take together is a reason, too.
+    """
+    reason = _elsewhere(x) or unfit_group(x, Us, V, d, base, slot, biases, scale, kinds=KINDS)
+    return reason or _too_many(x.shape[0]) or cuda_forms.refused(x, Us, V)
+
+
+def _elsewhere(x: Tensor) -> str | None:
     if _missing is not None:
         return _missing
     if x.device.type != "cuda":
         return f"x is on {x.device.type}"
-    reason = _device_reason(_index(x)) or unfit(x, U, V, d, base, slot, bias, scale, kinds=KINDS)
-    return reason or _too_many(x.shape[0])
+    return _device_reason(_index(x))
 
 
 def _too_many(tokens: int) -> str | None:
@@ -114,22 +145,71 @@ def forward(
     m, r = U.shape
     y = torch.empty((T, m), dtype=x.dtype, device=x.device)
     h = torch.empty((T, r), dtype=x.dtype, device=x.device) if save_h else None
-    work_dtype = torch.float32 if form == "fma" else x.dtype
-    work = torch.empty((T, r), dtype=work_dtype, device=x.device)
-    barrier = 0
-    if form == "mma-coop":
-        barrier = cuda_forms.barriers.address(x.device, index, stream, _capturing())
+    work = _work(x, r, form)
     # fmt: off
     _native.cuda_svf_decode(
         x.data_ptr(), x.stride(0), U.data_ptr(), V.data_ptr(),
         d.data_ptr(), d.stride(0) if slot is not None else 0, d.shape[0],
         _address(slot), base.data_ptr(), _address(bias), _address(scale),
-        y.data_ptr(), _address(h), work.data_ptr(), barrier,
+        y.data_ptr(), _address(h), work.data_ptr(), _barrier(x, form, index, stream),
         T, n, r, m, TYPE_CODES[x.dtype], TYPE_CODES[U.dtype], cuda_forms.CODES[form],
         cuda_forms.TILE_CODES[tile], index, stream,
     )
     # fmt: on
     return y, h
+
+
+def forward_group(
+    x: Tensor,
+    Us: Sequence[Tensor],
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None,
+    biases: Sequence[Tensor | None],
+    scale: Tensor | None,
+    *,
+    batch_invariant: bool = False,
+) -> list[Tensor]:
+    """See ``reference.forward_group``. A member's bits are those of ``forward`` in the same form.
+
+    Launches: for the first products one; for the second ones as many as there are members in form
+    fma, one in mma and mma-pdl. mma-coop does it all in one.
+    """
+    if _native is None:
+        raise RuntimeError(f"backend 'cuda': {_missing}")
+    form, tile = cuda_forms.choose_group(x, Us, V, batch_invariant)
+    index, stream = _index(x), _stream(x)
+    if form != "fma":
+        x = _on_16_bytes(x)
+    T, n = x.shape
+    ys = [torch.empty((T, U.shape[0]), dtype=x.dtype, device=x.device) for U in Us]
+    work = _work(x, V.shape[1], form)
+    # fmt: off
+    _native.cuda_svf_group(
+        x.data_ptr(), x.stride(0), [U.data_ptr() for U in Us], V.data_ptr(),
+        d.data_ptr(), d.stride(0) if slot is not None else 0, d.shape[0],
+        _address(slot), base.data_ptr(), [_address(bias) for bias in biases], _address(scale),
+        [y.data_ptr() for y in ys], work.data_ptr(), _barrier(x, form, index, stream),
+        T, n, [U.shape[1] for U in Us], [U.shape[0] for U in Us],
+        TYPE_CODES[x.dtype], TYPE_CODES[V.dtype], cuda_forms.CODES[form],
+        cuda_forms.TILE_CODES[tile], index, stream,
+    )
+    # fmt: on
+    return ys
+
+
+def _work(x: Tensor, rank: int, form: str) -> Tensor:
+    """What lies between the two products."""
+    dtype = torch.float32 if form == "fma" else x.dtype
+    return torch.empty((x.shape[0], rank), dtype=dtype, device=x.device)
+
+
+def _barrier(x: Tensor, form: str, index: int, stream: int) -> int:
+    """Address of the counters of the cooperative form; 0 for the others."""
+    if form != "mma-coop":
+        return 0
+    return cuda_forms.barriers.address(x.device, index, stream, _capturing())
 
 
 def _on_16_bytes(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ The tensor-core forms give the same bits as each other, not as fma.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import NamedTuple
@@ -89,22 +89,37 @@ def form(name: str, tile: str = "auto") -> Iterator[None]:
 
 
 def unfit(x: Tensor, U: Tensor, V: Tensor) -> str | None:
-    """Why no tensor-core form can run this call, or None.
+    """Why no tensor-core form can run this call, or None; see ``unfit_group``."""
+    return unfit_group(x, (U,), V)
+
+
+def unfit_group(x: Tensor, Us: Sequence[Tensor], V: Tensor) -> str | None:
+    """Why no tensor-core form can run these layers that share x, or None.
 
     Decided by dtypes and the factors alone: x is copied where its alignment does not fit, so that
     the bits of a row do not depend on where it lies in memory.
     """
-    if x.dtype is torch.float32 or (is_eight_bit(U.dtype) and x.dtype is not torch.bfloat16):
-        return f"no tensor-core form has a kernel for x in {x.dtype} with factors in {U.dtype}"
-    chunk = 16 if is_eight_bit(U.dtype) else 8
-    (m, r), n = U.shape, V.shape[0]
-    if n % chunk or r % chunk:
-        return f"in_features {n} and rank {r} must be multiples of {chunk}"
-    if max(n, m, r) >= _MAX_SIZE:
-        return f"a size of {max(n, m, r)} is beyond {_MAX_SIZE}"
-    if U.data_ptr() % 16 or V.data_ptr() % 16:
-        return "U and V must lie on 16 bytes"
+    if x.dtype is torch.float32 or (is_eight_bit(V.dtype) and x.dtype is not torch.bfloat16):
+        return f"no tensor-core form has a kernel for x in {x.dtype} with factors in {V.dtype}"
+    chunk = 16 if is_eight_bit(V.dtype) else 8
+    n, ranks = V.shape
+    for U in Us:
+        m, r = U.shape
+        if n % chunk or r % chunk:
+            return f"in_features {n} and rank {r} must be multiples of {chunk}"
+        if max(n, m, ranks) >= _MAX_SIZE:
+            return f"a size of {max(n, m, ranks)} is beyond {_MAX_SIZE}"
+        if U.data_ptr() % 16 or V.data_ptr() % 16:
+            return "U and V must lie on 16 bytes"
     return None
+
+
+def refused(x: Tensor, Us: Sequence[Tensor], V: Tensor) -> str | None:
+    """Why the form that was asked for by name cannot run this call, or None."""
+    if _Switch.form is None or _Switch.form.name == "fma":
+        return None
+    reason = unfit_group(x, Us, V)
+    return reason and f"form {_Switch.form.name!r} was asked for: {reason}"
 
 
 def choose(x: Tensor, U: Tensor, V: Tensor, batch_invariant: bool) -> Form:
@@ -112,8 +127,15 @@ def choose(x: Tensor, U: Tensor, V: Tensor, batch_invariant: bool) -> Form:
 
     In batch-invariant mode the number of tokens has no say: forms may differ in their bits.
     """
-    wanted = _Switch.form or _by_rule(U, V, MAX_TOKENS if batch_invariant else x.shape[0])
-    reason = None if wanted.name == "fma" else unfit(x, U, V)
+    return choose_group(x, (U,), V, batch_invariant)
+
+
+def choose_group(x: Tensor, Us: Sequence[Tensor], V: Tensor, batch_invariant: bool) -> Form:
+    """The same for layers that share x: one form for all of them, by what they hold together."""
+    elements = V.numel() + sum(U.numel() for U in Us)
+    tokens = MAX_TOKENS if batch_invariant else x.shape[0]
+    wanted = _Switch.form or _by_rule(elements, tokens)
+    reason = None if wanted.name == "fma" else unfit_group(x, Us, V)
     if reason is None:
         return wanted
     if _Switch.form is not None:
@@ -124,8 +146,7 @@ def choose(x: Tensor, U: Tensor, V: Tensor, batch_invariant: bool) -> Form:
     return Form("fma")
 
 
-def _by_rule(U: Tensor, V: Tensor, tokens: int) -> Form:
-    elements = U.numel() + V.numel()
+def _by_rule(elements: int, tokens: int) -> Form:
     for rule in RULES:
         if tokens <= rule.tokens and elements <= rule.elements:
             return Form(rule.form, rule.tile)

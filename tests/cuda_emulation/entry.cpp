@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <exception>
 #include <iterator>
+#include <vector>
 
 #include "grid_barrier.cuh"
 #include "launch_mma.cuh"
@@ -57,6 +58,21 @@ extern "C" int emulated_mix(Address S, Address Z, I64 z_stride, I64 experts, I64
   });
 }
 
+// `lists`: U, bias, y, r and m of the members, one after another.
+extern "C" int emulated_svf_group(Address x, I64 x_stride, Address V, Address d, I64 d_stride, I64 slots, Address slot,
+                                  Address base, Address scale, Address work, Address barrier, I64 T, I64 n,
+                                  I64 x_dtype, I64 w_dtype, I64 form, I64 tile, I64 device, Address stream,
+                                  const I64* lists, const I64* lengths, char* error_text, I64 error_size) {
+  std::vector<I64> list[5];
+  for (int i = 0; i < 5; lists += lengths[i], ++i) list[i].assign(lists, lists + lengths[i]);
+  const auto addresses = [&](int i) { return std::vector<Address>(list[i].begin(), list[i].end()); };
+  return guarded(error_text, error_size, [&] {
+    t2::cuda::svf_group(x, x_stride, addresses(0), V, d, d_stride, slots, slot, base, addresses(1), scale, addresses(2),
+                        work, barrier, T, n, list[3], list[4], static_cast<int>(x_dtype), static_cast<int>(w_dtype),
+                        static_cast<int>(form), static_cast<int>(tile), static_cast<int>(device), stream);
+  });
+}
+
 extern "C" int emulated_barrier(I64 blocks, I64 come, std::uint32_t* counters, int* before, int* after,
                                 char* error_text, I64 error_size) {
   return guarded(error_text, error_size, [&] {
@@ -72,10 +88,10 @@ extern "C" int emulated_barrier(I64 blocks, I64 come, std::uint32_t* counters, i
 // machine: tile, stages, blocks, bytes, items.
 extern "C" void emulated_plan(I64 T, I64 rows, I64 other_rows, I64 eight_bit, I64 form, I64* out) {
   t2::cuda::DecodeCall c{};
-  c.T = T, c.r = rows, c.m = other_rows, c.form = static_cast<int>(form);
+  c.T = T, c.form = static_cast<int>(form);
   const t2::cuda::Machine machine = t2::cuda::machine_of(0);
   const auto report = [&](auto tile) {
-    const t2::cuda::Plan p = tile.planned(c, rows, other_rows, machine);
+    const t2::cuda::Plan p = tile.planned(c.form, tile.items(rows, T), tile.items(other_rows, T), machine);
     const I64 values[] = {tile.ROWS,      tile.TOKENS,           p.stages,         p.per_multiprocessor, p.blocks,
                           p.shared_bytes, tile.STAGE_WEIGHT_BYTES, tile.items(rows, T), tile.items(other_rows, T)};
     std::copy(std::begin(values), std::end(values), out);

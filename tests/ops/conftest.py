@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from t2kernels import testing
 from t2kernels.ops import cuda, cuda_forms, reference
-from t2kernels.ops.layout import unfit
-from t2kernels.testing import Inputs
+from t2kernels.ops.layout import unfit, unfit_group
+from t2kernels.testing import Group, Inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS, EMULATION = ROOT / "csrc" / "cuda", ROOT / "tests" / "cuda_emulation"
@@ -57,6 +58,9 @@ class Emulation:
         self.library.emulated_mix.argtypes = [ctypes.c_int64] * 18 + [
             ctypes.c_char_p, ctypes.c_int64,
         ]  # fmt: skip
+        self.library.emulated_svf_group.argtypes = [ctypes.c_int64] * 19 + [
+            ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64,
+        ]  # fmt: skip
         self.library.emulator_set_clock_step.argtypes = [ctypes.c_longlong]
 
     def call(self, name: str, *arguments: object) -> None:
@@ -72,6 +76,14 @@ class Emulation:
     def mix(self, *arguments: int) -> None:
         """What the native module has as cuda_mix."""
         self.call("emulated_mix", *arguments)
+
+    def group(self, *arguments: Any) -> None:
+        """What the native module has as cuda_svf_group: lists in five places."""
+        lists = [list(a) for a in arguments if isinstance(a, list)]
+        numbers = [a for a in arguments if not isinstance(a, list)]
+        flat = [number for entries in lists for number in entries]
+        lengths = (ctypes.c_int64 * len(lists))(*map(len, lists))
+        self.call("emulated_svf_group", *numbers, (ctypes.c_int64 * len(flat))(*flat), lengths)
 
     def with_fault(self, header: str, right: str, wrong: str, unit: str, folder: Path) -> Emulation:
         """The same, with ``wrong`` for ``right`` in a header that the unit ``unit`` is made of."""
@@ -113,6 +125,13 @@ class Emulation:
         testing.assert_accurate(y, truth, testing.plain_forward(inputs), "y")
         plain_h = inputs.x @ inputs.V.to(inputs.x.dtype)
         testing.assert_accurate(h, h_truth, plain_h, "h")
+
+    def run_group(self, group: Group, *, form: str = "fma", tile: str = "auto") -> list[Tensor]:
+        """One call for layers that share x, outputs and workspaces poisoned."""
+        assert unfit_group(*group.args(), kinds=cuda.KINDS) is None
+        with testing.poisoned_empty(), cuda_forms.form(form, tile):
+            assert cuda_forms.refused(group.x, group.Us, group.V) is None
+            return cuda.forward_group(*group.args())
 
     def at_the_edge(self, inputs: Inputs) -> tuple[Inputs, list[mmap.mmap]]:
         """Copies whose last bytes are followed by a forbidden page; keep the second alive."""
@@ -159,7 +178,11 @@ def in_place_of_native(monkeypatch: pytest.MonkeyPatch) -> object:
     """Puts an emulation behind ops/cuda.py."""
 
     def install(emulation: Emulation) -> Emulation:
-        native = SimpleNamespace(cuda_svf_decode=emulation.decode, cuda_mix=emulation.mix)
+        native = SimpleNamespace(
+            cuda_svf_decode=emulation.decode,
+            cuda_svf_group=emulation.group,
+            cuda_mix=emulation.mix,
+        )
         monkeypatch.setattr(cuda, "_native", native)
         monkeypatch.setattr(cuda, "_stream", lambda x: 0)
         monkeypatch.setattr(cuda, "_index", lambda x: 0)
