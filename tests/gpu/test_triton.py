@@ -110,6 +110,18 @@ def test_64_slots(tokens: int) -> None:
     check_backward(i, saved=True)
 
 
+@pytest.mark.parametrize("tokens", [1000, 8192])
+def test_ragged_slots(tokens: int) -> None:
+    """Requests one after another, as in a batch of prompts: runs of one slot, and their ends."""
+    i = inputs(tokens, 1024, 1536, 1024, slots=64, dtype=BF16)
+    gen = torch.Generator().manual_seed(0)
+    ends = torch.rand(63, generator=gen).mul(tokens).int().sort().values
+    slot = torch.searchsorted(ends, torch.arange(tokens, dtype=torch.int32), right=True) - 1
+    i = replace(i, slot=slot.int().cuda())
+    check_forward(i)
+    check_backward(i, saved=True)
+
+
 def test_every_slot_minus_one_is_base() -> None:
     i = inputs(70, 128, 96, 96, slots=2, dtype=BF16)
     i = replace(i, slot=torch.full_like(i.slot, -1))
@@ -198,9 +210,10 @@ def test_outputs_beyond_32_bits() -> None:
     assert testing.relative_error(dx[-5:], truth) < 2e-2
 
 
-def test_graph_capture() -> None:
+@pytest.mark.parametrize("tokens", [20, 8192])  # the second by tensor descriptors on sm_90
+def test_graph_capture(tokens: int) -> None:
     """New routing and new diagonals through the same tensors, without a new capture."""
-    i = inputs(20, 256, 320, 256, slots=4, dtype=BF16)
+    i = inputs(tokens, 256, 320, 256, slots=4, dtype=BF16)
     assert i.slot is not None
     backend.forward(*i.args())
     torch.cuda.synchronize()

@@ -56,9 +56,12 @@ def test_facts(arch: int, tmp_path: Path) -> None:
             faults.append(f"{name}: {k['shared']} bytes of shared memory")
         if k["stack"] or k["local"]:
             faults.append(f"{name}: spills {k['stack']} + {k['local']} bytes a thread")
-        # Loads run ahead of the products through shared memory.
-        if product and not k["cp_async"]:
-            faults.append(f"{name}: no cp.async")
+        # Loads run ahead of the products through shared memory, by threads or by the engine.
+        engine = k["tile"] == "LARGE_SM90"
+        if product and not k["tma" if engine else "cp_async"]:
+            faults.append(f"{name}: no {'TMA' if engine else 'cp.async'}")
+        if engine and (k["cp_async"] or k["tma"] % 2):
+            faults.append(f"{name}: an operand that does not come by TMA")
         if product and k["dtype"] != "fp32":
             # 32 outputs by 16 tokens are below wgmma's 64 rows.
             wide = arch >= 90 and k["tile"] != "DECODE_16"

@@ -19,6 +19,7 @@ OLD_TRITON = "ignore:Conversion of an array with ndim:DeprecationWarning"
 CASES = Path(__file__).with_name("triton_interpret_cases.py")
 DELTA = Path(__file__).with_name("triton_delta_cases.py")
 MIXING = CASES.with_name("test_mixing.py")  # every test of it
+LARGE = Path(__file__).with_name("triton_large_cases.py")
 
 
 def version_of(module: ModuleType) -> tuple[int, ...]:
@@ -44,6 +45,7 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
         *((part, CASES) for part in ("Forward", "Backward", "Contract")),
         ("Delta", DELTA),
         ("", MIXING),
+        ("Descriptors or TestRuns", LARGE),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

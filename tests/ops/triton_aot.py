@@ -33,7 +33,8 @@ ALIGNED = {"stride_x", "stride_g", "stride_d", "IN", "INNER", "OUT", "R", "COLS"
 class Case:
     """One kernel as it ships: which arguments are present, which tile, which dtypes."""
 
-    kernel: str  # project | expand | expand_t | delta | gradient | finalise | mix
+    # project | expand | expand_t | delta | gradient | finalise | finalise_slots | mix
+    kernel: str
     dtype: str = "bf16"
     tile: str = "LARGE"
     arch: int = 90
@@ -57,8 +58,16 @@ class Facts:
     stack: int  # bytes per thread: spills
     local: int
     wgmma: int  # instructions in the PTX
+    tma: int
     mma_sync: int
     cp_async: int
+
+
+def _operand(tile: Any, pointer: str, block: tuple[int, int]) -> str:
+    """The type of a product's operand: a pointer or a tensor descriptor."""
+    if not tile.descriptors:
+        return pointer
+    return f"tensordesc<{pointer[1:]}[{block[0]}, {block[1]}]>"
 
 
 def _arguments(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
@@ -70,6 +79,8 @@ def _arguments(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], dict[st
 
     x, w = POINTER[case.dtype], POINTER[case.factors or case.dtype]
     tile = getattr(config, case.tile, None)
+    if tile is not None and case.kernel == "gradient" and case.slots:
+        tile = config.for_slots(tile)
     scale = "*fp32" if case.factors else None
     slot = "*i32" if case.slots else None
     diagonal = {"d_ptr": "*fp32", "base_ptr": "*fp32", "slot_ptr": slot, "scale_ptr": scale}
@@ -77,10 +88,10 @@ def _arguments(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], dict[st
         diagonal["stride_d"] = 0  # type: ignore[assignment]
     types: dict[str, Any]
     constants: dict[str, Any]
-    if case.kernel in ("finalise", "mix"):
-        floats = ("partial_ptr", "out_ptr", "s_ptr", "alpha_ptr")
+    if case.kernel in ("finalise", "finalise_slots", "mix"):
+        floats = ("partial_ptr", "product_ptr", "out_ptr", "s_ptr", "alpha_ptr")
         types = dict.fromkeys(floats, "*fp32")
-        types["slot_ptr"] = slot
+        types["slot_ptr"] = "*i32"
         types["scale_ptr"] = "*fp32"
         types["z_ptr"] = POINTER[case.dtype]
         for name in ("index_ptr", "row_ptr"):
@@ -88,12 +99,14 @@ def _arguments(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], dict[st
         types["offsets_ptr"] = "*i64" if case.slots else None
         constants = {
             "BLOCK_ROWS": _backward.REDUCE_ROWS,
+            "BLOCK_RUNS": _backward.REDUCE_ROWS,
             "BLOCK_COLS": _backward.REDUCE_COLS,
             "BLOCK": _mix.MIX_COLS,
             "DEVIATION": case.dtype == "bf16",
         }
         kernel = {
             "finalise": _backward.finalise_kernel,
+            "finalise_slots": _backward.finalise_slots_kernel,
             "mix": _mix.mix_kernel,
         }[case.kernel]
         launch = _mix.LAUNCH if case.kernel == "mix" else config.SMALL
@@ -110,28 +123,35 @@ def _arguments(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], dict[st
             "GROUP": config.GROUP,
             "UPCAST": False,
             "BLOCKWISE": case.dtype == "fp32",
+            "DESCRIPTORS": tile.descriptors,
+            "PERSISTENT": tile.persistent,
+            "INNER_FIRST": case.kernel == "expand_t",
+            "OFFSET": False,
         }
+        left = _operand(tile, x, (tile.tokens, tile.inner))
+        right = _operand(tile, w, (tile.outputs, tile.inner))
+        right_k = _operand(tile, w, (tile.inner, tile.outputs))
         launch = config.options(tile)
         if case.kernel == "project":
             kernel = _forward.project_kernel
-            constants["OFFSET"] = False
-            types = {"x_ptr": x, "vh_ptr": w, "h_ptr": x, "hd_ptr": x, **diagonal}
+            types = {"x": left, "vh": right, "h_ptr": x, "hd_ptr": x, **diagonal}
         elif case.kernel in ("expand", "expand_t"):
             kernel = _forward.expand_kernel
             unit = "stride_b_inner" if case.kernel == "expand" else "stride_b_out"
-            types = {"a_ptr": x, "b_ptr": w, "bias_ptr": x, "y_ptr": x, unit: 1}
+            types = {"a": left, "b": right, "bias_ptr": x, "y_ptr": x, unit: 1}
             if case.kernel == "expand_t":
-                types["bias_ptr"] = None
+                types |= {"bias_ptr": None, "b": right_k}
         elif case.kernel == "delta":
             kernel = _delta.delta_kernel
             constants["EVEN_RANK"] = case.even
-            types = {"x_ptr": x, "w_ptr": x, "hd_ptr": x, "u_ptr": w, "bias_ptr": x, "y_ptr": x}
+            types = {"x": left, "w": _operand(tile, x, (tile.outputs, tile.inner)), "hd": left}
+            types |= {"u": right, "bias_ptr": x, "y_ptr": x}
             types["stride_w_inner"] = 1
         else:
             kernel = _backward.gradient_kernel
             # h of 8-bit factors leaves fp16's range.
             h = "*fp32" if case.factors and case.dtype == "fp16" else x
-            types = {"g_ptr": x, "u_ptr": w, "h_ptr": h, "gud_ptr": x, **diagonal}
+            types = {"g": left, "u": right_k, "h_ptr": h, "gud_ptr": x, **diagonal}
             types["product_ptr"] = "*fp32" if case.slots else None
             types["partial_ptr"] = None if case.slots else "*fp32"
     names = kernel.arg_names
@@ -174,6 +194,7 @@ def facts(case: Case) -> Facts:
         registers=usage["REG"],
         stack=usage["STACK"],
         local=usage["LOCAL"],
+        tma=len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
         wgmma=len(re.findall(r"wgmma\.mma_async", ptx)),
         mma_sync=len(re.findall(r"\bmma\.sync", ptx)),
         cp_async=len(re.findall(r"cp\.async\.c[ag]\.shared", ptx)),
@@ -204,15 +225,17 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 def large(arch: int) -> str:
     """The name of the largest 16-bit tile that fits the GPU."""
-    return "LARGE" if arch >= 90 else "LARGE_SM80"
+    return "LARGE_SM90" if arch >= 90 else "LARGE_SM80"
 
 
 def few_cases(arch: int) -> list[Case]:
     """Each kernel in the tiles that strain registers and shared memory most."""
     big = large(arch)
+    # Where rows do not suit the memory engine, or there is none.
+    pointers = "LARGE" if arch >= 90 else big
     cases = [
         Case("project", "bf16", big, arch, slots=True),
-        Case("project", "fp16", big, arch, slots=True, even=False),
+        Case("project", "fp16", pointers, arch, slots=True, even=False),
         Case("gradient", "bf16", big, arch, slots=True),
         Case("gradient", "bf16", big, arch),
         Case("expand", "bf16", big, arch),
@@ -226,7 +249,8 @@ def few_cases(arch: int) -> list[Case]:
         Case("gradient", "fp16", "LARGE_8BIT", arch, slots=True, factors="fp8"),
         Case("project", "fp32", "FP32_LARGE", arch, slots=True),
         Case("gradient", "fp32", "FP32", arch, slots=True),
-        Case("finalise", "fp32", "-", arch, slots=True),
+        Case("finalise", "fp32", "-", arch),
+        Case("finalise_slots", "fp32", "-", arch),
         Case("mix", "fp32", "-", arch, slots=True),
     ]
     if arch >= 90:
@@ -237,6 +261,8 @@ def few_cases(arch: int) -> list[Case]:
             Case("expand", "bf16", "DECODE_16", arch, factors="int8"),
             Case("expand", "bf16", "DECODE_16", arch, factors="fp8"),
             Case("mix", "bf16", "-", arch, slots=True),
+            Case("gradient", "bf16", pointers, arch, slots=True),
+            Case("delta", "bf16", pointers, arch),
         ]
     return cases
 
@@ -247,7 +273,8 @@ def all_cases(arch: int) -> list[Case]:
     products += [("expand", False), ("expand_t", False), ("delta", False)]
     cases = []
     for kernel, slots in products:
-        for tile in (large(arch), "MEDIUM", "DECODE_16", "DECODE_32", "DECODE_64"):
+        largest = ("LARGE_SM90", "LARGE") if arch >= 90 else ("LARGE_SM80",)
+        for tile in (*largest, "MEDIUM", "DECODE_16", "DECODE_32", "DECODE_64"):
             for dtype in ("bf16", "fp16"):
                 cases.append(Case(kernel, dtype, tile, arch, slots))
             cases.append(Case(kernel, "bf16", tile, arch, slots, even=False))
@@ -256,8 +283,9 @@ def all_cases(arch: int) -> list[Case]:
                 cases.append(Case(kernel, "bf16", tile, arch, slots, factors=kind))
         for tile in ("FP32", "FP32_LARGE", "DECODE_FP32"):
             cases.append(Case(kernel, "fp32", tile, arch, slots))
-    for kernel, dtype in (("finalise", "fp32"), ("mix", "fp32"), ("mix", "bf16")):
-        cases += [Case(kernel, dtype, "-", arch, slots) for slots in (False, True)]
+    cases += [Case(kernel, "fp32", "-", arch) for kernel in ("finalise", "finalise_slots")]
+    for dtype in ("fp32", "bf16"):
+        cases += [Case("mix", dtype, "-", arch, slots) for slots in (False, True)]
     return cases
 
 
@@ -277,7 +305,7 @@ def main() -> None:
     for case, f in results.items():
         print(
             f"{case.name:46s} shared {f.shared:6d} registers {f.registers:3d} "
-            f"stack {f.stack:3d} local {f.local:3d} wgmma {f.wgmma:3d} "
+            f"stack {f.stack:3d} local {f.local:3d} wgmma {f.wgmma:3d} tma {f.tma:2d} "
             f"mma.sync {f.mma_sync:3d} cp.async {f.cp_async:3d}"
         )
 

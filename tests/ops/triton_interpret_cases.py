@@ -304,7 +304,10 @@ class TestContract:
         for dtype in (torch.bfloat16, torch.float32):
             x, weight = torch.empty(1, 1, dtype=dtype), torch.empty(1, 1, dtype=dtype)
             sizes = (1, 16, 17, 64, 65, 512, 8192)
-            tiles = {config.choose(T, 4096, x, weight, batch_invariant=True) for T in sizes}
+            tiles = {
+                config.choose("project", T, 4096, 4096, x, weight, batch_invariant=True)
+                for T in sizes
+            }
             assert len(tiles) == 1
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -324,5 +327,7 @@ class TestContract:
         for weight in (x, x.to(torch.int8), x.to(torch.uint8)):
             for T in (1, 17, 33, 65, 8192):
                 for invariant in (False, True):
-                    t = config.choose(T, 4096, x, weight, batch_invariant=invariant)
+                    t = config.choose(
+                        "project", T, 4096, 4096, x, weight, batch_invariant=invariant
+                    )
                     assert config.tile_bytes(t) <= limit and t.stages >= 3

@@ -16,18 +16,18 @@ from torch import Tensor
 
 from ._forward import project
 from .common import config
-from .common.tiles import empty_tile, store_tile, tile_index, walk
+from .common.tiles import empty_tile, store_output, tile_index, walk, walk_descriptors
 
 
 @triton.jit(do_not_specialize=["T"])
 def delta_kernel(
-    x_ptr,  # (T, IN), row stride stride_x
+    x,  # (T, IN), row stride stride_x: pointer, or with DESCRIPTORS a tensor descriptor
     stride_x,
-    w_ptr,  # (IN, OUT) with strides as below: the stored weight
+    w,  # (IN, OUT) with strides as below, likewise: the stored weight
     stride_w_inner,
     stride_w_out,
-    hd_ptr,  # (T, R) contiguous: x V times (d_row - σ) (and scale)
-    u_ptr,  # (OUT, R) contiguous
+    hd,  # (T, R) contiguous, likewise: x V times (d_row - σ) (and scale)
+    u,  # (OUT, R) contiguous, likewise
     bias_ptr,  # (OUT,) or None
     y_ptr,  # (T, OUT) contiguous
     T,
@@ -38,33 +38,45 @@ def delta_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
+    CHUNK: tl.constexpr,
     EVEN_INNER: tl.constexpr,
     EVEN_RANK: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
     GROUP: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCKWISE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    INNER_FIRST: tl.constexpr,
 ):
-    """y = x Wᵀ + hd Uᵀ + bias. One program per (BLOCK_T tokens, BLOCK_OUT outputs)."""
-    tile_t, tile_o = tile_index(
-        tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(OUT, BLOCK_OUT), GROUP
-    )
-    t = tile_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    o = tile_o.to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    acc = walk(
-        empty_tile(ACC, BLOCK_T, BLOCK_OUT, WEIGHTS_FIRST), x_ptr, stride_x, t, T,
-        w_ptr, stride_w_inner, stride_w_out, o, OUT, IN,
-        ACC, BLOCK_INNER, EVEN_INNER, WEIGHTS_FIRST, UPCAST, BLOCKWISE,
-    )  # fmt: skip
-    acc = walk(
-        acc, hd_ptr, R, t, T, u_ptr, 1, R, o, OUT, R,
-        ACC, BLOCK_INNER, EVEN_RANK, WEIGHTS_FIRST, UPCAST, BLOCKWISE,
-    )  # fmt: skip
-    if WEIGHTS_FIRST:
-        acc = tl.trans(acc)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + o, mask=o < OUT, other=0).to(ACC)[None, :]
-    store_tile(y_ptr, OUT, t, T, o, OUT, acc)
+    """y = x Wᵀ + hd Uᵀ + bias, in tiles of (BLOCK_T tokens, BLOCK_OUT outputs)."""
+    tiles_t, tiles_o = tl.cdiv(T, BLOCK_T), tl.cdiv(OUT, BLOCK_OUT)
+    for tile in tl.range(
+        tl.program_id(0), tiles_t * tiles_o, tl.num_programs(0), flatten=PERSISTENT
+    ):
+        tile_t, tile_o = tile_index(tile, tiles_t, tiles_o, GROUP)
+        acc = empty_tile(ACC, BLOCK_T, BLOCK_OUT, WEIGHTS_FIRST)
+        if DESCRIPTORS:
+            t, o = tile_t * BLOCK_T, tile_o * BLOCK_OUT
+            acc = walk_descriptors(acc, x, t, w, o, IN, ACC, BLOCK_INNER, INNER_FIRST, UPCAST)
+            acc = walk_descriptors(acc, hd, t, u, o, R, ACC, BLOCK_INNER, False, UPCAST)
+        else:
+            t = tile_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+            o = tile_o.to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+            acc = walk(
+                acc, x, stride_x, t, T, w, stride_w_inner, stride_w_out, o, OUT, IN,
+                ACC, BLOCK_INNER, EVEN_INNER, WEIGHTS_FIRST, UPCAST, BLOCKWISE,
+            )  # fmt: skip
+            acc = walk(
+                acc, hd, R, t, T, u, 1, R, o, OUT, R,
+                ACC, BLOCK_INNER, EVEN_RANK, WEIGHTS_FIRST, UPCAST, BLOCKWISE,
+            )  # fmt: skip
+        if WEIGHTS_FIRST:
+            acc = tl.trans(acc)
+        store_output(
+            acc, y_ptr, bias_ptr, tile_t * BLOCK_T, T, tile_o * BLOCK_OUT, OUT,
+            BLOCK_T, BLOCK_OUT, CHUNK,
+        )  # fmt: skip
 
 
 def delta(
@@ -89,11 +101,16 @@ def delta(
         return y
     hd = torch.empty((T, R), dtype=x.dtype, device=x.device)
     project(x, V, d, base, slot, scale, h=None, hd=hd, batch_invariant=batch_invariant, offset=True)
-    tile = config.choose(T, OUT, x, U, batch_invariant=batch_invariant)
+    stored_as_inner_first = weight.stride(0) == 1 and weight.stride(1) != 1
+    rows = weight.t() if stored_as_inner_first else weight
+    tile = config.choose("delta", T, OUT, IN, x, U, batch_invariant=batch_invariant)
+    tile = config.with_descriptors(tile, x, rows, hd, U)
+    a, w = config.operands(tile, x, rows, inner_first=stored_as_inner_first)
+    left, right = config.operands(tile, hd, U, inner_first=False)
     with config.on_device(x):
-        delta_kernel[config.grid(tile, T, OUT)](
-            x, x.stride(0), weight, weight.stride(1), weight.stride(0), hd, U, bias, y,
+        delta_kernel[config.grid(tile, T, OUT, x.device)](
+            a, x.stride(0), w, weight.stride(1), weight.stride(0), left, right, bias, y,
             T, IN, R, OUT, **config.constants(tile, x, IN), EVEN_RANK=R % tile.inner == 0,
-            **config.options(tile),
+            INNER_FIRST=stored_as_inner_first, **config.options(tile),
         )  # fmt: skip
     return y

@@ -15,7 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import config
-from .common.tiles import diagonal_tile, halves, product_tile, store_tile, tile_index
+from .common.tiles import (
+    diagonal_tile,
+    halves,
+    product_tile,
+    store_output,
+    store_tile,
+    tile_index,
+)
 
 
 @triton.jit
@@ -63,9 +70,9 @@ def project_epilogue(
 
 @triton.jit(do_not_specialize=["T"])
 def project_kernel(
-    x_ptr,  # (T, IN), row stride stride_x
+    x,  # (T, IN), row stride stride_x: pointer, or with DESCRIPTORS a tensor descriptor
     stride_x,
-    vh_ptr,  # (R, IN) contiguous
+    vh,  # (R, IN) contiguous, likewise
     d_ptr,  # (R,) or (slots, R), row stride stride_d
     stride_d,
     base_ptr,  # (R,)
@@ -88,28 +95,35 @@ def project_kernel(
     GROUP: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCKWISE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    """h = x V, hd = h ⊙ d_row (OFFSET: h ⊙ (d_row - base)). One program per (BLOCK_T tokens,
-    BLOCK_OUT columns of h); any tile may mix requests, and the grid depends on T alone."""
-    tile_t, tile_r = tile_index(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(R, BLOCK_OUT), GROUP)
-    t = tile_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    r_first = tile_r.to(tl.int64) * BLOCK_OUT
-    acc = product_tile(
-        x_ptr, stride_x, t, T, vh_ptr, 1, IN, r_first + tl.arange(0, BLOCK_OUT), R, IN,
-        ACC, BLOCK_T, BLOCK_OUT, BLOCK_INNER, EVEN_INNER, WEIGHTS_FIRST, UPCAST, BLOCKWISE,
-    )  # fmt: skip
-    project_epilogue(
-        acc, t, T, r_first, R, d_ptr, stride_d, base_ptr, slot_ptr, scale_ptr,
-        h_ptr, stride_h, hd_ptr, stride_hd, BLOCK_T, BLOCK_OUT, CHUNK, OFFSET,
-    )  # fmt: skip
+    """h = x V, hd = h ⊙ d_row (OFFSET: h ⊙ (d_row - base)), in tiles of (BLOCK_T tokens, BLOCK_OUT
+    columns of h). Any tile may mix requests, and the grid depends on T alone."""
+    tiles_t, tiles_r = tl.cdiv(T, BLOCK_T), tl.cdiv(R, BLOCK_OUT)
+    for tile in tl.range(
+        tl.program_id(0), tiles_t * tiles_r, tl.num_programs(0), flatten=PERSISTENT
+    ):
+        tile_t, tile_r = tile_index(tile, tiles_t, tiles_r, GROUP)
+        acc = product_tile(
+            x, stride_x, tile_t * BLOCK_T, T, vh, 1, IN, tile_r * BLOCK_OUT, R, IN,
+            ACC, BLOCK_T, BLOCK_OUT, BLOCK_INNER, EVEN_INNER, WEIGHTS_FIRST, UPCAST, BLOCKWISE,
+            DESCRIPTORS, False,
+        )  # fmt: skip
+        t = tile_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+        project_epilogue(
+            acc, t, T, tile_r.to(tl.int64) * BLOCK_OUT, R,
+            d_ptr, stride_d, base_ptr, slot_ptr, scale_ptr,
+            h_ptr, stride_h, hd_ptr, stride_hd, BLOCK_T, BLOCK_OUT, CHUNK, OFFSET,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T"])
 def expand_kernel(
-    a_ptr,  # (T, INNER), row stride stride_a
+    a,  # (T, INNER), row stride stride_a: pointer, or with DESCRIPTORS a tensor descriptor
     stride_a,
-    b_ptr,  # (INNER, OUT) with strides as below
+    b,  # (INNER, OUT) with strides as below, likewise
     stride_b_inner,
     stride_b_out,
     bias_ptr,  # (OUT,) or None
@@ -121,26 +135,33 @@ def expand_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
+    CHUNK: tl.constexpr,
     EVEN_INNER: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
     GROUP: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCKWISE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    INNER_FIRST: tl.constexpr,
 ):
-    """y = A B + bias: (h ⊙ d) Uᵀ in the forward pass, (gu ⊙ d) Vᵀ in the backward pass. One
-    program per (BLOCK_T tokens, BLOCK_OUT outputs)."""
-    tile_t, tile_o = tile_index(
-        tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(OUT, BLOCK_OUT), GROUP
-    )
-    t = tile_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    o = tile_o.to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    acc = product_tile(
-        a_ptr, stride_a, t, T, b_ptr, stride_b_inner, stride_b_out, o, OUT, INNER,
-        ACC, BLOCK_T, BLOCK_OUT, BLOCK_INNER, EVEN_INNER, WEIGHTS_FIRST, UPCAST, BLOCKWISE,
-    )  # fmt: skip
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + o, mask=o < OUT, other=0).to(ACC)[None, :]
-    store_tile(y_ptr, OUT, t, T, o, OUT, acc)
+    """y = A B + bias: (h ⊙ d) Uᵀ in the forward pass, (gu ⊙ d) Vᵀ in the backward pass, in tiles of
+    (BLOCK_T tokens, BLOCK_OUT outputs)."""
+    tiles_t, tiles_o = tl.cdiv(T, BLOCK_T), tl.cdiv(OUT, BLOCK_OUT)
+    for tile in tl.range(
+        tl.program_id(0), tiles_t * tiles_o, tl.num_programs(0), flatten=PERSISTENT
+    ):
+        tile_t, tile_o = tile_index(tile, tiles_t, tiles_o, GROUP)
+        acc = product_tile(
+            a, stride_a, tile_t * BLOCK_T, T,
+            b, stride_b_inner, stride_b_out, tile_o * BLOCK_OUT, OUT, INNER,
+            ACC, BLOCK_T, BLOCK_OUT, BLOCK_INNER, EVEN_INNER, WEIGHTS_FIRST, UPCAST, BLOCKWISE,
+            DESCRIPTORS, INNER_FIRST,
+        )  # fmt: skip
+        store_output(
+            acc, y_ptr, bias_ptr, tile_t * BLOCK_T, T, tile_o * BLOCK_OUT, OUT,
+            BLOCK_T, BLOCK_OUT, CHUNK,
+        )  # fmt: skip
 
 
 def project(
@@ -162,12 +183,14 @@ def project(
     R = V.shape[1]
     if T == 0 or R == 0:
         return
-    tile = config.choose(T, R, x, V, batch_invariant=batch_invariant)
+    tile = config.choose("project", T, R, IN, x, V, batch_invariant=batch_invariant)
+    tile = config.with_descriptors(tile, x, V.t())
+    a, b = config.operands(tile, x, V.t(), inner_first=False)
     with config.on_device(x):
-        project_kernel[config.grid(tile, T, R)](
-            x, x.stride(0), V, d, d.stride(0) if d.dim() == 2 else 0, base, slot, scale,
+        project_kernel[config.grid(tile, T, R, x.device)](
+            a, x.stride(0), b, d, d.stride(0) if d.dim() == 2 else 0, base, slot, scale,
             h, R if h is None else h.stride(0), hd, R if hd is None else hd.stride(0), T, IN, R,
-            **config.constants(tile, x, IN), CHUNK=tile.chunk, OFFSET=offset,
+            **config.constants(tile, x, IN), OFFSET=offset,
             **config.options(tile),
         )  # fmt: skip
 
@@ -188,11 +211,13 @@ def expand(
     if T == 0 or OUT == 0:
         return y
     strides = (OUT, 1) if transposed else (1, INNER)
-    tile = config.choose(T, OUT, a, weight, batch_invariant=batch_invariant)
+    tile = config.choose("expand", T, OUT, INNER, a, weight, batch_invariant=batch_invariant)
+    tile = config.with_descriptors(tile, a, weight)
+    left, right = config.operands(tile, a, weight, inner_first=transposed)
     with config.on_device(a):
-        expand_kernel[config.grid(tile, T, OUT)](
-            a, a.stride(0), weight, *strides, bias, y, T, INNER, OUT,
-            **config.constants(tile, a, INNER), **config.options(tile),
+        expand_kernel[config.grid(tile, T, OUT, a.device)](
+            left, a.stride(0), right, *strides, bias, y, T, INNER, OUT,
+            **config.constants(tile, a, INNER), INNER_FIRST=transposed, **config.options(tile),
         )  # fmt: skip
     return y
 

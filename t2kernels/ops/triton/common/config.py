@@ -15,12 +15,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .tiles import tile_index
 
 
 class Tile(NamedTuple):
-    """One way to cut a (tokens, outputs) product; ``chunk`` is the epilogue's column step."""
+    """One way to cut a (tokens, outputs) product.
+
+    ``chunk`` is the epilogue's column step. ``descriptors``: operands come by TMA. ``persistent``:
+    one program per multiprocessor, which goes through several tiles and fetches the next one's
+    operands during the epilogue.
+    """
 
     tokens: int
     outputs: int
@@ -29,6 +35,8 @@ class Tile(NamedTuple):
     stages: int
     weights_first: bool = False
     chunk: int = 64
+    descriptors: bool = False
+    persistent: bool = False
 
 
 # 16-bit activations. Decode reads weights at memory speed: many narrow tiles, several loads in
@@ -38,6 +46,8 @@ DECODE_32 = Tile(32, 64, 128, 4, 4, weights_first=True)
 DECODE_64 = Tile(64, 64, 128, 4, 4, weights_first=True)
 MEDIUM = Tile(64, 128, 64, 4, 4)
 LARGE = Tile(128, 256, 64, 8, 4, chunk=32)
+# LARGE from compute capability 9.0 on, where there is a memory engine that takes descriptors.
+LARGE_SM90 = LARGE._replace(descriptors=True, persistent=True)
 # LARGE where its buffers do not fit; half the inner step also keeps mma.sync from spilling.
 LARGE_SM80 = Tile(128, 256, 32, 8, 4, chunk=32)
 # 8-bit weights pass through registers on their way to the activations' dtype: smaller tiles.
@@ -65,14 +75,22 @@ FUSION = {"enable_fp_fusion": True}
 # Launch options of the kernels that are not products.
 SMALL: dict[str, Any] = {"num_warps": 4, **FUSION}
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # Decided by TRITON_INTERPRET when the kernels were first imported.
 INTERPRETED = not isinstance(tile_index, triton.JITFunction)
 
 
 def choose(
-    tokens: int, outputs: int, x: Tensor, weight: Tensor, *, batch_invariant: bool = False
+    kernel: str,
+    tokens: int,
+    outputs: int,
+    inner: int,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    batch_invariant: bool = False,
 ) -> Tile:
-    """The tile for a product of ``tokens`` rows and ``outputs`` columns."""
+    """The tile for a product of ``tokens`` rows and ``outputs`` columns, summed over ``inner``."""
     narrow = x.dtype.itemsize <= 2
     if not narrow:
         if batch_invariant:
@@ -91,6 +109,8 @@ def choose(
         return fit(DECODE_64, shared)
     narrower = weight.dtype.itemsize == 1
     large, medium = (LARGE_8BIT, MEDIUM_8BIT) if narrower else (LARGE, MEDIUM)
+    if large == LARGE and has_descriptors(x.device):
+        large = LARGE_SM90
     return fit(large if _programs(large, tokens, outputs) >= FEW_PROGRAMS else medium, shared)
 
 
@@ -98,13 +118,64 @@ def fit(tile: Tile, shared: int) -> Tile:
     """``tile``, or a smaller relative where its buffers exceed ``shared`` bytes: sm_90 offers
     227 KiB a block, sm_80 163, consumer GPUs (sm_86, sm_89, sm_120) 99."""
     while tile_bytes(tile) > shared and tile.stages > 1:
-        tile = LARGE_SM80 if tile == LARGE else tile._replace(stages=tile.stages - 1)
+        large = tile in (LARGE, LARGE_SM90)
+        tile = LARGE_SM80 if large else tile._replace(stages=tile.stages - 1)
     return tile
 
 
 def tile_bytes(tile: Tile) -> int:
-    """Shared memory of the load buffers for 16-bit operands."""
-    return 2 * tile.stages * tile.inner * (tile.tokens + tile.outputs)
+    """Shared memory of the load buffers for 16-bit operands and, where these live on during the
+    epilogue, of the chunk that passes through on its way out."""
+    buffers = 2 * tile.stages * tile.inner * (tile.tokens + tile.outputs)
+    return buffers + (4 * tile.tokens * tile.chunk if tile.persistent else 0)
+
+
+@functools.cache
+def _capability(index: int | None) -> int:
+    return torch.cuda.get_device_capability(index)[0]
+
+
+def has_descriptors(device: torch.device) -> bool:
+    """Whether ``device`` has the memory engine; the interpreter has one, too."""
+    return _capability(device.index) >= 9 if device.type == "cuda" else INTERPRETED
+
+
+def with_descriptors(tile: Tile, *operands: Tensor) -> Tile:
+    """``tile``, or the same with pointers where an operand does not suit the memory engine: it
+    wants 16-bit elements here, no empty axis, and rows that start at multiples of 16 bytes."""
+    if not tile.descriptors or all(
+        t.dtype.itemsize == 2
+        and t.numel() > 0
+        and t.stride(1) == 1
+        and t.stride(0) % 8 == 0
+        and t.stride(0) >= t.shape[1]
+        and t.data_ptr() % 16 == 0
+        for t in operands
+    ):
+        return tile
+    return tile._replace(descriptors=False, persistent=False)
+
+
+def for_slots(tile: Tile) -> Tile:
+    """``tile`` for a gradient per slot. Its epilogue keeps more in registers, hence the narrower
+    chunk; and it branches, on which the pass of Triton 3.6 fails that fuses the loop over tiles
+    with the walk (no version before 3.9 is known to do better)."""
+    return tile._replace(
+        chunk=min(tile.outputs, tile.chunk) // 2,
+        persistent=tile.persistent and TRITON >= (3, 9),
+    )
+
+
+def operands(tile: Tile, a: Tensor, b: Tensor, *, inner_first: bool) -> tuple[Any, Any]:
+    """What a kernel takes for ``a`` (tokens, inner) and ``b``, both with contiguous rows: (inner,
+    outputs) with ``inner_first``, else (outputs, inner). Descriptors, or the tensors."""
+    if not tile.descriptors:
+        return a, b
+    block = (tile.inner, tile.outputs) if inner_first else (tile.outputs, tile.inner)
+    return (
+        TensorDescriptor.from_tensor(a, [tile.tokens, tile.inner]),
+        TensorDescriptor.from_tensor(b, list(block)),
+    )
 
 
 @functools.cache
@@ -123,9 +194,17 @@ def _programs(tile: Tile, tokens: int, outputs: int) -> int:
     return triton.cdiv(tokens, tile.tokens) * triton.cdiv(outputs, tile.outputs)
 
 
-def grid(tile: Tile, tokens: int, outputs: int) -> tuple[int]:
-    """One program per tile, on one axis: it may hold 2^31 - 1 of them."""
-    return (_programs(tile, tokens, outputs),)
+def multiprocessors(device: torch.device) -> int:
+    """How many programs a persistent grid has at most; few in the interpreter."""
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def grid(tile: Tile, tokens: int, outputs: int, device: torch.device) -> tuple[int]:
+    """One program per tile, or per multiprocessor, on one axis: it may hold 2^31 - 1 of them."""
+    programs = _programs(tile, tokens, outputs)
+    return (min(programs, multiprocessors(device)) if tile.persistent else programs,)
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
@@ -140,12 +219,15 @@ def constants(tile: Tile, x: Tensor, inner: int) -> dict[str, Any]:
         "BLOCK_T": tile.tokens,
         "BLOCK_OUT": tile.outputs,
         "BLOCK_INNER": tile.inner,
+        "CHUNK": tile.chunk,
         "EVEN_INNER": inner % tile.inner == 0,
         "WEIGHTS_FIRST": tile.weights_first,
         "GROUP": GROUP,
         # The interpreter multiplies bf16 bit patterns as integers.
         "UPCAST": INTERPRETED and x.dtype == torch.bfloat16,
         "BLOCKWISE": x.dtype.itemsize > 2,
+        "DESCRIPTORS": tile.descriptors,
+        "PERSISTENT": tile.persistent,
     }
 
 

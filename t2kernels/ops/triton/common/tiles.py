@@ -1,7 +1,7 @@
 """Device functions: the walk over a product's inner axis, the diagonal of a tile, tile order.
 
-Nothing here is launched by itself; the kernels in ``forward.py`` and ``backward.py`` are these
-pieces plus an epilogue.
+Nothing here is launched by itself; the kernels in ``_forward.py``, ``_delta.py`` and
+``_backward.py`` are these pieces plus an epilogue.
 """
 
 # Kernel arguments are typed by Triton, at the launch.
@@ -123,15 +123,43 @@ def walk(
 
 
 @triton.jit
+def walk_descriptors(
+    acc,
+    a,  # tensor descriptor of (T, INNER), blocks (BLOCK_T, BLOCK_INNER)
+    t_first,
+    b,  # of (INNER, OUT), blocks (BLOCK_INNER, BLOCK_OUT); without INNER_FIRST of its transpose
+    o_first,
+    INNER,
+    ACC: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    INNER_FIRST: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """``walk`` with tiles that the memory engine (TMA) brings: no address and no mask is computed
+    by a thread, and what lies outside an array arrives as zeros. 16-bit operands, tokens first."""
+    for k0 in range(0, INNER, BLOCK_INNER):
+        left = a.load([t_first, k0])
+        if INNER_FIRST:
+            right = b.load([k0, o_first])
+        else:
+            right = tl.trans(b.load([o_first, k0]))
+        if UPCAST:
+            left = left.to(ACC)
+            right = right.to(ACC)
+        acc = tl.dot(left, right, acc, input_precision="ieee", out_dtype=ACC)
+    return acc
+
+
+@triton.jit
 def product_tile(
-    a_ptr,  # the arguments of ``walk``
+    a,  # pointer or tensor descriptor: see ``walk`` and ``walk_descriptors``
     stride_a,
-    t,
+    t_first,
     T,
-    b_ptr,
+    b,
     stride_b_inner,
     stride_b_out,
-    o,
+    o_first,
     OUT,
     INNER,
     ACC: tl.constexpr,
@@ -142,13 +170,21 @@ def product_tile(
     WEIGHTS_FIRST: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCKWISE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    INNER_FIRST: tl.constexpr,
 ):
     """(A B)[t, o] as a (BLOCK_T, BLOCK_OUT) tile in ACC: one walk from zero."""
-    acc = walk(
-        empty_tile(ACC, BLOCK_T, BLOCK_OUT, WEIGHTS_FIRST), a_ptr, stride_a, t, T,
-        b_ptr, stride_b_inner, stride_b_out, o, OUT, INNER,
-        ACC, BLOCK_INNER, EVEN_INNER, WEIGHTS_FIRST, UPCAST, BLOCKWISE,
-    )  # fmt: skip
+    acc = empty_tile(ACC, BLOCK_T, BLOCK_OUT, WEIGHTS_FIRST)
+    if DESCRIPTORS:
+        acc = walk_descriptors(
+            acc, a, t_first, b, o_first, INNER, ACC, BLOCK_INNER, INNER_FIRST, UPCAST
+        )
+    else:
+        acc = walk(
+            acc, a, stride_a, t_first.to(tl.int64) + tl.arange(0, BLOCK_T), T,
+            b, stride_b_inner, stride_b_out, o_first.to(tl.int64) + tl.arange(0, BLOCK_OUT), OUT,
+            INNER, ACC, BLOCK_INNER, EVEN_INNER, WEIGHTS_FIRST, UPCAST, BLOCKWISE,
+        )  # fmt: skip
     if WEIGHTS_FIRST:
         acc = tl.trans(acc)
     return acc
@@ -200,3 +236,31 @@ def store_tile(ptr, stride, t, T, c, COLS, tile):
     """Write a tile of a (T, COLS) row-major array, rounding to the array's dtype."""
     mask = (t < T)[:, None] & (c < COLS)[None, :]
     tl.store(ptr + t[:, None] * stride + c[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_output(
+    acc,
+    y_ptr,  # (T, OUT) contiguous
+    bias_ptr,  # (OUT,) or None
+    t_first,
+    T,
+    o_first,
+    OUT,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Write acc + bias, CHUNK columns at a time: on its way out a tile passes through shared
+    memory, and beside the buffers of the next tile there is no room for all of it."""
+    if COLS > CHUNK:
+        left, right = halves(acc, ROWS, COLS)
+        HALF: tl.constexpr = COLS // 2
+        store_output(left, y_ptr, bias_ptr, t_first, T, o_first, OUT, ROWS, HALF, CHUNK)
+        store_output(right, y_ptr, bias_ptr, t_first, T, o_first + HALF, OUT, ROWS, HALF, CHUNK)
+    else:
+        t = t_first.to(tl.int64) + tl.arange(0, ROWS)
+        o = o_first.to(tl.int64) + tl.arange(0, COLS)
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + o, mask=o < OUT, other=0).to(acc.dtype)[None, :]
+        store_tile(y_ptr, OUT, t, T, o, OUT, acc)
