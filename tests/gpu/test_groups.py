@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from t2kernels import testing
-from t2kernels.ops import cuda, cuda_forms, reference, torch_backend
+from t2kernels.ops import cuda, cuda_forms, dispatch, reference
 from t2kernels.testing import Group
 
 DEVICE = "cuda"
@@ -158,10 +158,17 @@ def test_in_a_graph_and_on_two_streams(form: str) -> None:
 
 @pytest.mark.parametrize("factors", [None, "int8", "fp8"])
 @pytest.mark.parametrize("tokens", [1, 64, 300])
-def test_torch(tokens: int, factors: str | None) -> None:
-    group = make(tokens, WHOLE[2], factors=factors)
-    with testing.poisoned_empty():
-        accurate(group, torch_backend.forward_group(*group.args()))
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_other_backends(backend: str, tokens: int, factors: str | None) -> None:
+    module = dispatch.load(backend)
+    for shape in (WHOLE[0], WHOLE[2], ODD):
+        group = make(tokens, shape, factors=factors)
+        reason = module.group_unavailable(*group.args())
+        if reason == "triton is not installed":
+            pytest.skip(reason)
+        assert reason is None
+        with testing.poisoned_empty():
+            accurate(group, module.forward_group(*group.args()))
 
 
 def test_says_why_not() -> None:

@@ -18,6 +18,7 @@ import pytest
 OLD_TRITON = "ignore:Conversion of an array with ndim:DeprecationWarning"
 CASES = Path(__file__).with_name("triton_interpret_cases.py")
 DELTA = Path(__file__).with_name("triton_delta_cases.py")
+GROUP = Path(__file__).with_name("triton_group_cases.py")
 MIXING = CASES.with_name("test_mixing.py")  # every test of it
 LARGE = Path(__file__).with_name("triton_large_cases.py")
 
@@ -44,6 +45,7 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
     [
         *((part, CASES) for part in ("Forward", "Backward", "Contract")),
         ("Delta", DELTA),
+        ("Group", GROUP),
         ("", MIXING),
         ("Descriptors or TestRuns", LARGE),
     ],

@@ -10,16 +10,18 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ...quantized import FACTOR_KINDS
-from ..layout import FLOATS, unfit
+from ..layout import FLOATS, columns, unfit, unfit_group
 
 NAME = "triton"
 
 _INTERPRETED = (*FLOATS, torch.float64)
+_KINDS = tuple(FACTOR_KINDS)
 
 
 @functools.cache
@@ -55,19 +57,36 @@ def unavailable(
     scale: Tensor | None,
 ) -> str | None:
     """None where this backend can run the call, else a short reason. Never touches the GPU."""
+    return _elsewhere(x) or unfit(x, U, V, d, base, slot, bias, scale, _floats(), _KINDS)
+
+
+def group_unavailable(
+    x: Tensor,
+    Us: Sequence[Tensor],
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None,
+    biases: Sequence[Tensor | None],
+    scale: Tensor | None,
+) -> str | None:
+    """None where ``forward_group`` can run the call, else a short reason."""
+    args = (x, Us, V, d, base, slot, biases, scale)
+    return _elsewhere(x) or unfit_group(*args, _floats(), _KINDS)
+
+
+def _elsewhere(x: Tensor) -> str | None:
     reason = _missing()
     if reason is not None:
         return reason
-    if not x.is_cuda:
-        if not _interpreting():
-            return f"x is on {x.device.type}, not on a CUDA GPU"
-    else:
-        reason = _old_gpu(x.device.index)
-        if reason is not None:
-            return reason
-    # fp64 has no tile on a GPU; the interpreter takes it, for exact tests of the gradients.
-    floats = _INTERPRETED if _interpreting() else FLOATS
-    return unfit(x, U, V, d, base, slot, bias, scale, floats, tuple(FACTOR_KINDS))
+    if x.is_cuda:
+        return _old_gpu(x.device.index)
+    return None if _interpreting() else f"x is on {x.device.type}, not on a CUDA GPU"
+
+
+def _floats() -> tuple[torch.dtype, ...]:
+    """fp64 has no tile on a GPU; the interpreter takes it, for exact tests of the gradients."""
+    return _INTERPRETED if _interpreting() else FLOATS
 
 
 def _patterns(factor: Tensor) -> Tensor:
@@ -95,6 +114,32 @@ def forward(
         x, _patterns(U), _patterns(V), d, base, slot, bias, scale,
         save_h=save_h, batch_invariant=batch_invariant,
     )  # fmt: skip
+
+
+def forward_group(
+    x: Tensor,
+    Us: Sequence[Tensor],
+    V: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None,
+    biases: Sequence[Tensor | None],
+    scale: Tensor | None,
+    *,
+    batch_invariant: bool = False,
+) -> list[Tensor]:
+    """Layers that share x, one first launch for all: see ``ops/reference.py``. The tile of the
+    first product may be another than a member's alone: equal to rounding."""
+    from ._forward import expand, project
+
+    work = torch.empty((x.shape[0], V.shape[1]), dtype=x.dtype, device=x.device)
+    project(x, _patterns(V), d, base, slot, scale, h=None, hd=work, batch_invariant=batch_invariant)
+    return [
+        expand(
+            work[:, c], _patterns(U), bias, transposed=False, batch_invariant=batch_invariant
+        )
+        for U, bias, c in zip(Us, biases, columns(Us))
+    ]  # fmt: skip
 
 
 def backward(
