@@ -90,6 +90,11 @@ class ExpertBank:
     def layers(self) -> list[str]:
         return list(self._layers)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the table that holds the experts, with the room it has for more."""
+        return self._table.nbytes
+
     def __len__(self) -> int:
         return len(self._entries)
 
@@ -127,11 +132,8 @@ class ExpertBank:
         fitted = expert.fitted(self._layers, allow_mismatch=allow_mismatch)
         z = torch.cat([fitted.get(n, torch.ones(layer.rank)) for n, layer in self._layers.items()])
         before = self._entries.get(name)
-        if before is None:
-            row, position = self._table.add(z, self._device), next(self._positions)
-        else:
-            row, position = before.row, before.position
-            self._table.put(row, z, self._device)
+        row = self._table.put(z, self._mixer.device, None if before is None else before.row)
+        position = next(self._positions) if before is None else before.position
         if self._table.dtype != torch.float32:
             expert = without_z(expert, next(reversed(self._entries.values()), None))
         self._entries[name] = Entry(expert, tuple(fitted), row, position)
@@ -168,10 +170,11 @@ class ExpertBank:
         """Bring experts of a bank with ``host=True`` to the device, ahead of the ``use`` or
         ``admit`` that names them; on a GPU beside what runs there. Without ``host`` all are there.
         """
-        names = [names] if isinstance(names, str) else list(names)
-        for name in names:
+        rows = []
+        for name in [names] if isinstance(names, str) else names:
             self._known(name)
-        self._table.prefetch([self._entries[n].row for n in names], self._device)
+            rows.append(self._entries[name].row)
+        self._table.prefetch(rows, self._mixer.device)
 
     # -- routing -------------------------------------------------------------------------------
 
@@ -250,7 +253,7 @@ class ExpertBank:
         if not distinct:
             return Plan("base", BASE_KEY, len(requests))
         first = [weights.index(w) for w in distinct]
-        arena = self._arenas.get(len(distinct), self._device)
+        arena = self._arenas.get(len(distinct), self._mixer.device)
         self._mixer.write(arena, distinct, mixture, op="ExpertBank.use", requests=first)
         if slot is None and (single or len(requests) == 1):
             return Plan("uniform", (mixture, (self._content(weights[0]),)), 1, arena)
@@ -273,7 +276,7 @@ class ExpertBank:
             raise ValueError(f"ExpertBank.use: alpha must be {what}")
         if not bool(torch.isfinite(alpha.detach()).all()):
             raise ValueError("ExpertBank.use: alpha must be finite.")
-        alpha = alpha.to(self._device, torch.float32)
+        alpha = alpha.to(self._mixer.device, torch.float32)
         B, Z = alpha.shape[0], None
         if alpha.requires_grad or mixture != "deviation":
             Z = self._mixer.vectors(self.names)
@@ -294,7 +297,7 @@ class ExpertBank:
             if bool(zero.all()):
                 return Plan("base", BASE_KEY, B)
             rows[zero] = -1
-        arena = self._arenas.get(B, self._device)
+        arena = self._arenas.get(B, self._mixer.device)
         self._mixer.write_alpha(arena, alpha, mixture)
         if uniform:
             return Plan("uniform", key, 1, arena)
@@ -303,14 +306,14 @@ class ExpertBank:
     def _rows_plan(
         self, key: object, arena: Tensor | None, rows: Tensor, slot: Tensor | None
     ) -> Plan:
-        rows = rows.to(self._device)
+        rows = rows.to(self._mixer.device)
         if slot is None:
             return Plan("rows", key, rows.shape[0], arena, rows)
         if slot.dtype != torch.int32 or slot.dim() != 1:
             got = f"{tuple(slot.shape)} {slot.dtype}"
             raise TypeError(f"ExpertBank.use: slot must be (tokens,) int32, got {got}.")
         check_slot_values(slot, rows.shape[0])
-        slot = slot.to(self._device)
+        slot = slot.to(self._mixer.device)
         with_base = torch.cat([rows, rows.new_full((1,), -1)])  # index -1 is the base
         key = (key, slot.cpu().numpy().tobytes())
         return Plan("rows", key, rows.shape[0], arena, rows, with_base[slot.long()])
@@ -355,7 +358,7 @@ class ExpertBank:
         if not weights:
             self.unmerge()
             return
-        out = torch.empty(1, self._mixer.width, device=self._device)
+        out = torch.empty(1, self._mixer.width, device=self._mixer.device)
         self._mixer.write(out, [weights], mixture, op="ExpertBank.merge", requests=[0])
         d, layers = out[0], list(self._layers.values())
         try:
@@ -373,10 +376,6 @@ class ExpertBank:
         self._route.merged = None
 
     # -- helpers -------------------------------------------------------------------------------
-
-    @property
-    def _device(self) -> torch.device:
-        return next(iter(self._layers.values())).z.device
 
     def _known(self, name: object) -> None:
         if name in self._entries:

@@ -76,14 +76,16 @@ class Mixer:
     @property
     def S(self) -> Tensor:
         """σ (R,) of all layers; put together again only when one has changed."""
-        now = [layer.factors.S for layer in self._layers.values()]
-        seen = [(s, -1 if s.is_inference() else s._version) for s in now]
-        same = len(seen) == len(self._seen) and all(
-            new[0] is old[0] and new[1] == old[1] >= 0 for new, old in zip(seen, self._seen)
-        )
-        if not same:
-            with torch.inference_mode(False), torch.no_grad():
-                self._S, self._seen = torch.cat(now), seen
+        for layer, (sigma, version) in zip(self._layers.values(), self._seen):
+            if layer._S is not sigma or version < 0 or sigma._version != version:
+                break
+        else:
+            if self._seen:
+                return self._S
+        now = [layer._S for layer in self._layers.values()]
+        with torch.inference_mode(False), torch.no_grad():
+            self._S = torch.cat(now)
+        self._seen = [(s, -1 if s.is_inference() else s._version) for s in now]
         return self._S
 
     def vectors(self, names: Sequence[str]) -> Tensor:

@@ -63,27 +63,25 @@ class ExpertTable:
     def __len__(self) -> int:
         return self._used - len(self._free)
 
-    def add(self, z: Tensor, device: torch.device) -> int:
-        """The row that now holds the multipliers z (R,)."""
-        with self._lock:
-            if self._free:
-                row = heapq.heappop(self._free)
-            else:
-                row = self._used
-                if row == self._rows.shape[0]:
-                    self._grow(device)
-                self._used += 1
-            self.put(row, z, device)
-            return row
-
     @torch.no_grad()
-    def put(self, row: int, z: Tensor, device: torch.device) -> None:
-        """Replace what a row holds."""
+    def put(self, z: Tensor, device: torch.device, row: int | None = None) -> int:
+        """The row that now holds the multipliers z (R,): ``row``, else one that was free."""
         with self._lock:
             self._follow(device)
+            if row is None:
+                row = self._next_row(device)
             self._leave_cache(row)
             with self._order.writing(self._rows.device):
                 self._rows[row].copy_(z if self.dtype == torch.float32 else z - 1)
+            return row
+
+    def _next_row(self, device: torch.device) -> int:
+        if self._free:
+            return heapq.heappop(self._free)
+        if self._used == self._rows.shape[0]:
+            self._grow(device)
+        self._used += 1
+        return self._used - 1
 
     @torch.no_grad()
     def remove(self, row: int) -> None:

@@ -27,37 +27,37 @@ def z(seed: int, width: int = 5) -> Tensor:
 @pytest.mark.parametrize("host", [False, True])
 def test_rows_survive_growth_and_are_used_again(host: bool) -> None:
     table = make_table(host=host)
-    rows = [table.add(z(i), CPU) for i in range(20)]
+    rows = [table.put(z(i), CPU) for i in range(20)]
     assert rows == list(range(20))
     assert table.nbytes == 32 * 5 * 4
     for row in (3, 11, 7):
         table.remove(row)
     assert len(table) == 17
     assert table.vectors([3, 7, 11], CPU).isnan().all()
-    assert [table.add(z(30 + i), CPU) for i in range(4)] == [3, 7, 11, 20]
+    assert [table.put(z(30 + i), CPU) for i in range(4)] == [3, 7, 11, 20]
     expected = [z(i) for i in (0, 30, 31, 19, 33)]
     assert torch.equal(table.vectors([0, 3, 7, 19, 20], CPU), torch.stack(expected))
 
 
 def test_capacity_is_made_at_once() -> None:
     table = make_table(capacity=100)
-    table.add(z(0), CPU)
+    table.put(z(0), CPU)
     before = table._rows.data_ptr()
     for i in range(99):
-        table.add(z(i), CPU)
+        table.put(z(i), CPU)
     assert table._rows.data_ptr() == before and table._rows.shape[0] == 100
 
 
 def test_no_mixture_can_name_a_row_that_was_never_used() -> None:
     table = make_table()
-    table.add(z(0), CPU)
+    table.put(z(0), CPU)
     with table.resident([0], CPU) as (Z, places):
         assert Z.shape[0] == 1 and places == [0]
 
 
 def test_bf16_holds_the_deviation() -> None:
     table = make_table(dtype=BF16)
-    table.add(z(0), CPU)
+    table.put(z(0), CPU)
     back = table.vectors([0], CPU)[0]
     assert ((back - z(0)).abs() <= (z(0) - 1).abs() / 256 + 1e-7).all()
 
@@ -65,7 +65,7 @@ def test_bf16_holds_the_deviation() -> None:
 def test_cache_keeps_what_was_used_last() -> None:
     table = make_table(host=True, cache=3)
     for i in range(6):
-        table.add(z(i), CPU)
+        table.put(z(i), CPU)
 
     def wanted(*rows: int) -> None:
         with table.resident(rows, CPU) as (Z, places):
@@ -93,14 +93,14 @@ def test_cache_keeps_what_was_used_last() -> None:
 def test_an_expert_that_changes_leaves_the_cache() -> None:
     table = make_table(host=True, cache=2)
     for i in range(3):
-        table.add(z(i), CPU)
+        table.put(z(i), CPU)
     table.prefetch([0, 1], CPU)
-    table.put(1, z(9), CPU)
+    table.put(z(9), CPU, 1)
     with table.resident([1, 0], CPU) as (Z, places):
         assert torch.equal(Z[places], torch.stack([z(9), z(0)]))
     table.remove(0)
     assert table.cache is not None and 0 not in table.cache
-    assert table.add(z(8), CPU) == 0
+    assert table.put(z(8), CPU) == 0
     with table.resident([0, 1], CPU) as (Z, places):
         assert sorted(places) == [0, 1]
         assert torch.equal(Z[places], torch.stack([z(8), z(9)]))
