@@ -122,3 +122,27 @@ def test_enough_is_on_its_way(emulated, name: str) -> None:
                 least = min(p.in_flight(p.items) for p in (v, u))
                 if tokens <= 32 and shape != (4096, 1024):
                     assert least >= needed, (eight_bit, shape, tokens)
+
+
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_a_group_keeps_the_memory_busy_where_its_small_members_cannot(
+    emulated, eight_bit: bool
+) -> None:
+    """q, k, v of 4096 to 4096, 1024 and 1024 in one cooperative launch, against k alone."""
+    needed = GPUS["H200"].bandwidth * LATENCY
+    for tokens in (8, 32):
+        numbers = {}
+        for name, rank, rows in (("k", 1024, 1024), ("q, k, v", 6144, 6144)):
+            emulated.library.emulator_set_machine(*GPUS["H200"][:4])
+            out = (ctypes.c_int64 * len(Plan._fields))()
+            sizes = map(ctypes.c_int64, (tokens, rank, rows, eight_bit, COOPERATIVE))
+            emulated.library.emulated_plan(*sizes, out)
+            plan = Plan(*out)
+            numbers[name] = min(plan.in_flight(items) for items in (plan.items, plan.other_items))
+            print(
+                f"\n  {'8-bit' if eight_bit else 'bf16':5} {name:8} T={tokens:<3} {plan.blocks:>4} "
+                f"blocks of {plan.stages} stages, {numbers[name] / 1e6:4.1f} MB on their way "
+                f"({needed / 1e6:.1f} needed)",
+                end="",
+            )
+        assert numbers["k"] < needed <= numbers["q, k, v"], (tokens, numbers)
