@@ -45,7 +45,7 @@ from command import add_shared, begin
 from harness import Contestant, Refused, make_timer, measure, ratio
 from results import SCHEMA, write
 from torch import Tensor
-from whole_model import EXPERTS, SLACK, Form, Models, Stage, gate, within
+from whole_model import EXPERTS, SLACK, Form, Models, Stage, gate, routed, within
 
 from t2kernels.testing import relative_error
 
@@ -85,7 +85,7 @@ def measure_stage(
     rows: list[dict[str, Any]] = []
     entered: list[tuple[dict[str, Any], Contestant]] = []
     with ExitStack() as stack:
-        # A captured step reads the slots of the block that it was captured in: all stay open.
+        # A captured step reads the slots of its model: they stay as long as the graphs.
         opened: dict[Any, Any] = {}
         for form in forms_of(args, stage_name):
             row: dict[str, Any] = {
@@ -122,7 +122,7 @@ def _open(
     model = models.dense
     if form.targets is not None:
         bank = models.bank(form.targets, form.factors)
-        stack.enter_context(bank.use(llama.mixtures(bank, requests)))
+        stack.enter_context(routed(bank, llama.mixtures(bank, requests)))
         model = bank.model
     stage = Stage(model, requests, start, new)
     stage.fill()

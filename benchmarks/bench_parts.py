@@ -1,11 +1,13 @@
-"""What stands around a product: layers that share x as one call.
+"""What stands around a product: layers that share x as one call, and mixing into the arena.
 
     python benchmarks/bench_parts.py --device cuda --json out.json
     python benchmarks/bench_parts.py --quick
 
 A group (q, k, v; gate, up) is one call that reads x once and starts all members' first products
 together, against one call a member, on every backend that has both. Each member's output is
-compared with the formula in fp64 first: at most twice what plain torch errs.
+compared with the formula in fp64 first: at most twice what plain torch errs. Mixing: one request
+admitted into one of 64 slots, and 64 requests at once, out of 6 and of 10,000 resident experts; no
+other slot may change a bit.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from ceilings import Bandwidth, matmul_gflops
 from command import add_shared, begin
 from harness import Contestant, Refused, Samples, make_timer, measure, ratio
 from layers import cache_bytes
+from mixing import measure_mixing
 from results import SCHEMA, write
 from torch import Tensor
 
@@ -163,16 +166,20 @@ def _no_formula(rows: Tensor, double: bool) -> Tensor:
 
 
 def _format(row: dict[str, Any]) -> str:
-    head = f"  {row['dtype']:5}{row['group']:8} T={row['tokens']:<4} {row['name']:8}"
+    if row["part"] == "mix":
+        table = f"{row['experts']} experts in {row['table']}"
+        head = f"  mix {row['each']} of {table}, {row['requests']} requests  {row['name']:8}"
+    else:
+        head = f"  {row['dtype']:5}{row['group']:8} T={row['tokens']:<4} {row['name']:8}"
     for word in ("refused", "absent"):
         if word in row:
             return f"{head}{word.upper()}: {row[word]}"
     if "ratio" in row:
         low, high = row["interval"]
         return f"{head}group / calls {row['ratio']:.3f} ({low:.3f}–{high:.3f})"
-    return (
-        f"{head}{row['form']:6}{row['time_us']:10.1f} us ({row['p20_us']:.1f}–{row['p80_us']:.1f})"
-    )
+    share = f"  {row['percent_of_floor']:.0f} % of the floor" if row["part"] == "mix" else ""
+    spread = f"({row['p20_us']:.1f}–{row['p80_us']:.1f})"
+    return f"{head}{row.get('form', ''):6}{row['time_us']:10.1f} us {spread}{share}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -206,6 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
+        rows += measure_mixing(device, args.quick, args.seconds)
+        print(*map(_format, rows), sep="\n", flush=True)
         for name in GROUPS:
             for dtype in args.dtypes:
                 for tokens in args.tokens:

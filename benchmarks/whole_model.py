@@ -134,6 +134,18 @@ def truth(
     return logits[:, -1]
 
 
+@contextmanager
+def routed(bank: t2k.ExpertBank, wanted: list[dict[str, float]]) -> Iterator[None]:
+    """Every request's mixture in a slot of its own, as a server has them; a captured step reads
+    the slots at addresses that stay."""
+    slots = bank.slots(len(wanted), batch=len(wanted))
+    for slot, mixture in enumerate(wanted):
+        slots.admit(slot, mixture)
+    slots.assign(list(range(len(wanted))))
+    with slots.use():
+        yield
+
+
 def truth_rows(requests: int) -> list[tuple[int, int]]:
     """The rows that are compared, each with the request whose mixture it is under."""
     return [(row, row) for row in sorted({0, requests // 2, requests - 1})]
@@ -151,7 +163,7 @@ def gate(models: Models, form: Form, requests: int, start: int, new: int) -> flo
     found: dict[str | None, Tensor] = {}
     stage = Stage(bank.model, requests, start, new)
     for backend in (form.backend, "torch"):
-        with bank.use(wanted):
+        with routed(bank, wanted):
             with nullcontext() if backend is None else t2k.backend("torch"):
                 stage.fill()
             with within(backend, stage):

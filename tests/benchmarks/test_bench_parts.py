@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import bench_parts
+import mixing
 import pytest
 import results
 import torch
@@ -18,6 +19,11 @@ TINY = ["--quick", "--tokens", "3", "--dtypes", "bf16", "int8", "--seconds", "0.
 def test_rows_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_parts.main([*TINY, "--json", str(tmp_path / "out.json")]) == 0
     rows = results.read(tmp_path / "out.json")["rows"]
+    mixed = [r for r in rows if r["part"] == "mix" and "time_us" in r]
+    rows = [r for r in rows if r["part"] == "group"]
+    assert {r["experts"] for r in mixed} == {6, 10_000}
+    assert {r["requests"] for r in mixed} == {1, 64}
+    assert {"native", "torch"} <= {r["name"] for r in mixed}
     forms = {(r["group"], r["dtype"], r["name"], r["form"]) for r in rows if "time_us" in r}
     assert {("qkv", "int8", "torch", "group"), ("gate-up", "bf16", "torch", "calls")} <= forms
     judged = [r for r in rows if r.get("judged")]
@@ -32,6 +38,17 @@ def test_a_member_that_is_wrong_is_refused() -> None:
     bench_parts.gate("torch", right, group)
     with pytest.raises(Refused, match="torch: member 1"):
         bench_parts.gate("torch", [right[0], right[1] + 1], group)
+
+
+def test_a_row_that_nobody_asked_for_is_refused(monkeypatch) -> None:
+    one = mixing.Mixing(6, torch.float32, 1, 2, torch.device("cpu"), 16)
+    assert one.gate("mix") < 1e-6
+    monkeypatch.setattr(one, "call", lambda i: one.out.zero_())
+    with pytest.raises(Refused, match="a row of the arena changed"):
+        one.gate("mix")
+    monkeypatch.setattr(one, "call", lambda i: one.out)
+    with pytest.raises(Refused, match="relative error"):
+        one.gate("mix")
 
 
 def test_sets_hold_the_same_numbers_elsewhere() -> None:
