@@ -197,6 +197,12 @@ def compiled(run: Run) -> list[Command]:
     return [script("bench_model.py", "--device", "cuda", *few, "--compile", *result)]
 
 
+def step(run: Run) -> list[Command]:
+    """A REINFORCE step of the 8B model, part by part."""
+    small = ["--rows", "4", "--prompt", "20", "--new-tokens", "4", "--steps", "1"]
+    return [rehearsable(run, "bench_step.py", *(small if run.dry else []))]
+
+
 def decompose(run: Run) -> list[Command]:
     """All linears of the 8B shape; the next call goes on where this one stops."""
     state = WORK / ("decompose-rehearsal.json" if run.dry else "decompose.json")
@@ -214,6 +220,7 @@ PHASES: dict[str, Callable[[Run], list[Command]]] = {
     "model": model,
     "parts": parts,
     "train": train,
+    "step": step,
     "decompose": decompose,
     "compiled": compiled,
     "peers": peers,
