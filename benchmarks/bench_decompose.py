@@ -114,7 +114,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def rows_of(state: State, named: list[tuple[str, Shape]]) -> list[dict[str, Any]]:
+def rows_of(state: State, named: list[tuple[str, Shape]], label: str) -> list[dict[str, Any]]:
     """A row for each shape, then one for all."""
     rows: list[dict[str, Any]] = []
     expected = 0.0
@@ -131,6 +131,7 @@ def rows_of(state: State, named: list[tuple[str, Shape]]) -> list[dict[str, Any]
                 row["refused"] = f"error {error:.1e}, UᵀU {u:.1e}, VᵀV {v:.1e}"
         rows.append(row)
     last: dict[str, Any] = {"shape": "all", "count": len(named), "done": len(state.seconds)}
+    last["size"] = label
     last["where"] = f"{len(state.seconds)} of {len(named)} weights"
     if len(state.seconds) == len(named):
         last["total_minutes"] = sum(state.seconds.values()) / 60
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for index, (name, shape) in enumerate(named):
         if name not in state.seconds and time.perf_counter() < deadline:
             one(name, shape, device, state, index)
-    rows = rows_of(state, named)
+    rows = rows_of(state, named, size.label)
     print(f"fp32 matrix products: {rate:.0f} GFLOP/s", *map(_format, rows), sep="\n")
     if args.json is not None:
         write(args.json, {"schema": SCHEMA, "benchmark": "decompose", "environment": record,

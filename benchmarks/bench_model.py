@@ -18,10 +18,11 @@ import argparse
 import gc
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -200,8 +201,8 @@ def measure_merge(models: Models, turns: int) -> list[dict[str, Any]]:
     if not error <= limit:
         raise Refused(f"merge: relative error of W' {error:.1e}, allowed {limit:.1e}")
     row = {
-        "stage": "merge", "name": "MLP", "matrices": len(linears), "merge_ms":
-        sorted(switches)[len(switches) // 2] * 1e3, "first_ms": first * 1e3,
+        "stage": "merge", "name": "MLP", "matrices": len(linears),
+        "merge_ms": statistics.median(switches) * 1e3, "first_ms": first * 1e3,
         "unmerge_ms": back * 1e3, "error": error, "repetitions": turns,
         "where": f"{len(linears)} matrices",
     }  # fmt: skip
@@ -210,6 +211,38 @@ def measure_merge(models: Models, turns: int) -> list[dict[str, Any]]:
         f"the base, {row['first_ms']:.1f}; unmerge {row['unmerge_ms']:.1f}; error {error:.1e})"
     )
     return [row]
+
+
+def measure_admission(models: Models) -> list[dict[str, Any]]:
+    """One request after another into 64 slots: until the call returns, and until it is done."""
+    bank = models.bank("all-linear", "bf16")
+    slots = bank.slots(64)
+    wanted = llama.mixtures(bank, len(slots))
+    rows = []
+    for backend in (None,) if models.device.type == "cpu" else (None, *GPU_BACKENDS):
+        returned, done = [], []
+        with nullcontext() if backend is None else t2k.backend(backend):
+            for turn in range(2):  # the first warms up
+                for slot, mixture in enumerate(wanted):
+                    _wait(models.device)
+                    begun = time.perf_counter()
+                    slots.admit(slot, mixture)
+                    middle = time.perf_counter()
+                    _wait(models.device)
+                    if turn:
+                        returned.append(middle - begun)
+                        done.append(time.perf_counter() - begun)
+        row = {
+            "stage": "admit", "name": backend or "policy", "requests": len(slots),
+            "values": slots.arena.shape[1], "returned_us": statistics.median(returned) * 1e6,
+            "done_us": statistics.median(done) * 1e6,
+        }  # fmt: skip
+        rows.append(row)
+        print(
+            f"  admit one of {len(slots)} requests, {row['values']:,} values, {row['name']}: "
+            f"{row['returned_us']:.1f} us until the call returns, {row['done_us']:.1f} until done"
+        )
+    return rows
 
 
 def _merge_error(models: Models, bank: t2k.ExpertBank, name: str, expert: str) -> float:
@@ -244,7 +277,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompt", type=int, default=128, metavar="T", help="tokens of a request before decode")
     add("--targets", choices=TARGETS, nargs="+", default=list(TARGETS))
     add("--factors", choices=FACTORS, nargs="+", default=list(FACTORS))
-    add("--only", choices=("decode", "prefill", "merge"), nargs="+", help="some of the stages")
+    add(
+        "--only",
+        choices=("merge", "decode", "admit", "prefill"),
+        nargs="+",
+        help="some of the stages",
+    )
     add("--compile", action="store_true", help="each form through torch.compile, too")
     add("--eager", action="store_true", help="on a GPU: each form without a graph, too")
     add("--seconds", type=float, default=0.5, metavar="S", help="for each form (0.5)")
@@ -264,11 +302,13 @@ def run(args: argparse.Namespace, size: llama.Size) -> dict[str, Any]:
     gbs = sorted(bandwidth.sample((first.U, first.V.t())) for _ in range(5))[2]
     parameters = sum(p.numel() for p in models.dense.parameters())
     print(f"{parameters / 1e9:.2f} G parameters; {gbs:.0f} GB/s, {rate:.0f} GFLOP/s", flush=True)
-    stages = args.only or ["merge", "decode", "prefill"]
+    stages = args.only or ["merge", "decode", "admit", "prefill"]
     rows: list[dict[str, Any]] = []
     missed: list[str] = []
     if "merge" in stages:
         rows += measure_merge(models, 7)
+    if "admit" in stages:
+        rows += measure_admission(models)
     for stage in ("decode", "prefill"):
         for requests in args.requests if stage in stages else ():
             if time.perf_counter() - began > 60 * args.minutes:
@@ -278,6 +318,8 @@ def run(args: argparse.Namespace, size: llama.Size) -> dict[str, Any]:
             gc.collect()
     if missed:
         print(f"out of time, not measured: {', '.join(missed)}")
+    for row in rows:
+        row["size"] = size.label
     return {
         "ceilings": {"gbs": gbs, "matmul_gflops": rate, "bandwidth_method": bandwidth.method},
         "parameters": parameters, "seconds": time.perf_counter() - began, "not_measured": missed,

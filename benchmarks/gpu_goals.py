@@ -245,17 +245,17 @@ GOALS = (
          delta(NARROW)),
     Goal(THROUGHPUT, "model", "whole model, 32 requests, bf16, all linears: of dense", 0.70,
          best_field("model", "of_dense", factors=("bf16",), targets=("all-linear",),
-                    requests=(32,), stage=("decode",)), True),
+                    requests=(32,), stage=("decode",), size=("8B",)), True),
     Goal(THROUGHPUT, "model", "whole model, 32 requests, bf16, MLP only: of dense", 0.78,
          best_field("model", "of_dense", factors=("bf16",), targets=("mlp",), requests=(32,),
-                    stage=("decode",)), True),
+                    stage=("decode",), size=("8B",)), True),
     Goal(THROUGHPUT, "model", "whole model, 32 requests, 8-bit, all linears: of dense", 1.2,
          best_field("model", "of_dense", factors=EIGHT_BIT, targets=("all-linear",),
-                    requests=(32,), stage=("decode",)), True),
+                    requests=(32,), stage=("decode",), size=("8B",)), True),
     Goal(THROUGHPUT, "model", "merge of all MLP matrices of the 8B shape, ms", 85,
-         field("model", "merge_ms")),
+         field("model", "merge_ms", size=("8B",))),
     Goal(THROUGHPUT, "decompose", "decomposition of all linears of the 8B shape, minutes", 10,
-         field("decompose", "total_minutes")),
+         field("decompose", "total_minutes", size=("8B",))),
 )  # fmt: skip
 
 

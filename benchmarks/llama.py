@@ -44,6 +44,11 @@ class Size:
             "down_proj": Shape(self.intermediate, self.hidden),
         }
 
+    @property
+    def label(self) -> str:
+        """What goals ask for: they are about one size alone."""
+        return "8B" if self == EIGHT_B else "other"
+
 
 EIGHT_B = Size(32, 4096, 14336, 32, 8, 128256)
 QUICK = Size(2, 64, 160, 4, 2, 256)

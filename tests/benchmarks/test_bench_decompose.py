@@ -30,7 +30,9 @@ def test_a_second_run_does_what_the_first_left(tmp_path: Path, monkeypatch, caps
     state, out = tmp_path / "state.json", tmp_path / "out.json"
     argv = [*QUICK, "--state", str(state), "--json", str(out)]
     assert bench_decompose.main([*argv, "--minutes", "0"]) == 0
-    assert total(out) == {"shape": "all", "count": 14, "done": 0, "where": "0 of 14 weights"}
+    assert total(out) == {
+        "shape": "all", "count": 14, "done": 0, "size": "other", "where": "0 of 14 weights",
+    }  # fmt: skip
     assert bench_decompose.main(argv) == 0
     assert total(out)["done"] == 14 and "all measured" in capsys.readouterr().out
     whole = total(out)["total_minutes"]
@@ -46,7 +48,7 @@ def test_an_unfinished_run_is_extrapolated_and_says_so() -> None:
     state = bench_decompose.State(None, {})
     state.seconds = {name: 60.0 for name, _ in named[:shapes]}
     state.errors = {str(shape): [0.0, 0.0, 0.0] for _, shape in named}
-    last = bench_decompose.rows_of(state, named)[-1]
+    last = bench_decompose.rows_of(state, named, "other")[-1]
     assert last["extrapolated_minutes"] == len(named) and "total_minutes" not in last
 
 
@@ -55,7 +57,7 @@ def test_inaccurate_factors_are_refused() -> None:
     state = bench_decompose.State(None, {})
     state.seconds = {name: 1.0 for name, _ in named}
     state.errors = {str(shape): [6e-6, 0.0, 0.0] for _, shape in named}
-    assert "refused" in bench_decompose.rows_of(state, named)[0]
+    assert "refused" in bench_decompose.rows_of(state, named, "other")[0]
 
 
 def test_another_machine_may_not_go_on(tmp_path: Path, capsys) -> None:

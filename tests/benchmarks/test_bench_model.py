@@ -32,12 +32,17 @@ def test_rows_goals_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert bench_model.main([*TINY, "--json", str(tmp_path / "out.json")]) == 0
     found = results.read(tmp_path / "out.json")
     rows = found["rows"]
-    assert [row["stage"] for row in rows] == ["merge"] + ["decode"] * 7 + ["prefill"] * 7
-    assert {row["name"] for row in rows[1:8]} >= {"dense", "mlp fp8 policy"}
-    assert all(row["of_dense"] > 0 and row["ms"] > 0 for row in rows[1:])
+    assert [row["stage"] for row in rows] == ["merge", "admit"] + ["decode"] * 7 + ["prefill"] * 7
+    assert {row["name"] for row in rows[2:9]} >= {"dense", "mlp fp8 policy"}
+    assert all(row["of_dense"] > 0 and row["ms"] > 0 for row in rows[2:])
     assert rows[0]["merge_ms"] > 0 and rows[0]["matrices"] == 6
     assert found["settings"]["hidden"] == 64 and found["ceilings"]["gbs"] > 0
     assert "all-linear int8" in capsys.readouterr().out
+    assert rows[1]["done_us"] >= rows[1]["returned_us"] > 0
+    # The goals are about one size of model alone.
+    (merge,) = [o for o in gpu_goals.evaluate([found], any_device=True) if "merge" in o.goal]
+    assert merge.met is None
+    rows[0]["size"] = "8B"
     (merge,) = [o for o in gpu_goals.evaluate([found], any_device=True) if "merge" in o.goal]
     assert "6 matrices" in merge.measured
 

@@ -111,7 +111,7 @@ OTHERS = [
 
 @pytest.mark.parametrize(("text", "kind", "good", "worse"), OTHERS, ids=[o[0] for o in OTHERS])
 def test_other_benchmarks_decide(text, kind, good, worse):
-    good = {"where": "there", **good}
+    good = {"where": "there", "size": "8B", **good}
     key = next(
         k for k in ("ratio", "python_us", "of_dense", "merge_ms", "total_minutes") if k in good
     )
