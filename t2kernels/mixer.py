@@ -16,6 +16,7 @@ from .expert import Expert
 from .mixtures import check_defined
 from .nn.linear import SVFLinear
 from .ops.mixing import mix_rows
+from .streams import sent
 from .table import ExpertTable
 
 #: ((name, weight), ...) in the bank's order; () is the base.
@@ -121,27 +122,21 @@ class Mixer:
             return
         named = {name for weights in mixtures for name, _ in weights}
         involved = sorted(named, key=lambda n: self._entries[n].position)
-        alpha = torch.tensor(
-            [[dict(weights).get(n, 0.0) for n in involved] for weights in mixtures],
-            dtype=torch.float32,
-            device=out.device,
-        )
+        dense = [[dict(weights).get(n, 0.0) for n in involved] for weights in mixtures]
+        alpha = sent(dense, torch.float32, out.device)
         Z = self.vectors(involved)
         check_defined(op, self._layers, Z, alpha, form, requests)
         d = self._diagonals(Z, alpha, form)
         out[slice(len(d)) if rows is None else rows.long()] = d
 
     @torch.no_grad()
-    def write_alpha(
-        self, out: Tensor, alpha: Tensor, form: str, rows: Tensor | None = None
-    ) -> None:
+    def write_alpha(self, out: Tensor, alpha: Tensor, form: str) -> None:
         """The same for alpha (B, K) or (B, L, K) over all experts in the bank's order.
 
         Whether the form is defined is the caller's to check (``check_defined``).
         """
         if form != "deviation":
-            d = self._diagonals(self.vectors(list(self._entries)), alpha, form)
-            out[slice(len(d)) if rows is None else rows.long()] = d
+            out[: len(alpha)] = self._diagonals(self.vectors(list(self._entries)), alpha, form)
             return
         table_rows = [entry.row for entry in self._entries.values()]
         if self._table.host:  # those that count must fit the cache
@@ -152,10 +147,9 @@ class Mixer:
         with self._table.resident(table_rows, out.device) as (Z, places):
             given = None
             if places != list(range(Z.shape[0])):
-                given = torch.tensor(places, dtype=torch.int32, device=out.device)
-                given = given.expand(alpha.shape[0], -1)
+                given = sent(places, torch.int32, out.device).expand(alpha.shape[0], -1)
             mix_rows(
-                out, self.S, Z, alpha, indices=given, rows=rows,
+                out, self.S, Z, alpha, indices=given,
                 offsets=self._offsets.to(out.device) if layered else None,
                 longest=self._longest if layered else None,
             )  # fmt: skip
@@ -170,10 +164,8 @@ class Mixer:
             alpha = [[a for _, a in w] + [0.0] * (K - len(w)) for w in mixtures]
             shape = (len(mixtures), K)
             mix_rows(
-                out, self.S, Z,
-                torch.tensor(alpha, dtype=torch.float32).view(shape).to(out.device),
-                indices=torch.tensor(indices, dtype=torch.int32).view(shape).to(out.device),
-                rows=rows,
+                out, self.S, Z, sent(alpha, torch.float32, out.device).view(shape),
+                indices=sent(indices, torch.int32, out.device).view(shape), rows=rows,
             )  # fmt: skip
 
     @torch.no_grad()

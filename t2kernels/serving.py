@@ -8,7 +8,7 @@ serves every later mixture, expert and routing as it is (``graphs.StepGraphs``).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import RLock
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from torch import Tensor
 from .diagonal import MIXTURES
 from .mixtures import Mixture, check_defined
 from .nn.routing import Plan
-from .streams import StreamOrder
+from .streams import StreamOrder, sent
 
 if TYPE_CHECKING:
     from .bank import ExpertBank
@@ -110,26 +110,43 @@ class Slots:
         Raises for a slot that does not exist, as ``ExpertBank.use`` does for a routing, and when
         the model was moved.
         """
-        self._check(slot, "admit")
-        if mixture not in MIXTURES:
-            raise ValueError(f"Slots.admit: mixture must be one of {MIXTURES}, got {mixture!r}.")
+        if not isinstance(routing, Tensor):
+            self.admit_all({slot: routing}, mixture=mixture)
+            return
+        self._check([slot], "admit", mixture)
         with torch.inference_mode(False), torch.no_grad(), self._lock:
-            if isinstance(routing, Tensor):
-                alpha = self._alpha(routing, mixture)
-                with self._order.writing(self.arena.device):
-                    self._mixer.write_alpha(self.arena[slot : slot + 1], alpha, mixture)
-            else:
-                weights = self._bank._weights(routing, mixture)
-                with self._order.writing(self.arena.device):
-                    # No expert is the base in every form.
-                    form = mixture if weights else "deviation"
-                    one = self.arena[slot : slot + 1]
-                    self._mixer.write(one, [weights], form, op="Slots.admit", requests=[slot])
+            alpha = self._alpha(routing, mixture)
+            with self._order.writing(self.arena.device):
+                self._mixer.write_alpha(self.arena[slot : slot + 1], alpha, mixture)
             self._admitted.add(slot)
+
+    def admit_all(self, routings: Mapping[int, Mixture], *, mixture: str = "deviation") -> None:
+        """Write one mixture into each of several slots, {slot: routing}: with
+        mixture="deviation" one launch for all. Otherwise as ``admit``; all or none."""
+        if not isinstance(routings, Mapping):
+            got = type(routings).__name__
+            raise TypeError(f"Slots.admit_all: expected {{slot: routing}}, got {got}.")
+        slots = list(routings)
+        self._check(slots, "admit", mixture)
+        with torch.inference_mode(False), torch.no_grad(), self._lock:
+            weights = [self._bank._weights(entry, mixture) for entry in routings.values()]
+            with self._order.writing(self.arena.device):
+                # No expert is the base in every form. What can be refused comes first.
+                forms = [mixture if w else "deviation" for w in weights]
+                for form in dict.fromkeys([mixture, "deviation"]):
+                    mine = [i for i, f in enumerate(forms) if f == form]
+                    if not mine:
+                        continue
+                    places = [slots[i] for i in mine]
+                    self._mixer.write(
+                        self.arena, [weights[i] for i in mine], form, op="Slots.admit",
+                        requests=places, rows=sent(places, torch.int32, self.arena.device),
+                    )  # fmt: skip
+            self._admitted.update(slots)
 
     def release(self, slot: int) -> None:
         """Free a slot. Its values are gone at once; no row may be assigned to it."""
-        self._check(slot, "release")
+        self._check([slot], "release")
         with self._lock:
             if slot not in self._admitted:
                 raise ValueError(f"Slots.release: nobody was admitted to slot {slot}.")
@@ -171,7 +188,7 @@ class Slots:
                     )
             new += [BASE] * (self.batch - len(new))
             with torch.inference_mode(False), self._order.writing(self.rows.device):
-                self.rows.copy_(torch.tensor(new, dtype=torch.int32))
+                self.rows.copy_(sent(new, torch.int32, self.rows.device))
                 for plan in self._plans.values():
                     plan.refresh()
             self._assigned = new
@@ -227,19 +244,23 @@ class Slots:
                 f"Slots.admit: weights must be a float tensor (K,) = ({K},) or (L, K) = ({L}, {K}) "
                 f"over bank.names and bank.layers, got {tuple(alpha.shape)} {alpha.dtype}."
             )
-        alpha = alpha.detach().to(self.arena.device, torch.float32).unsqueeze(0)
-        if not bool(torch.isfinite(alpha).all()):
+        alpha = alpha.detach().float()
+        if not bool(torch.isfinite(alpha).all()):  # a wait where they are on the GPU
             raise ValueError("Slots.admit: weights must be finite.")
+        alpha = alpha.to(self.arena.device).unsqueeze(0)
         if mixture != "deviation":
             Z = self._mixer.vectors(self._bank.names)
             check_defined("Slots.admit", self._bank._layers, Z, alpha, mixture, [0])
         return alpha
 
-    def _check(self, slot: object, what: str) -> None:
-        if isinstance(slot, bool) or not isinstance(slot, int):
-            raise TypeError(f"Slots.{what}: slot must be an int, got {type(slot).__name__}.")
-        if not 0 <= slot < len(self):
-            raise ValueError(f"Slots.{what}: slot must lie in [0, {len(self)}), got {slot}.")
+    def _check(self, slots: Sequence[object], what: str, mixture: str = "deviation") -> None:
+        for slot in slots:
+            if isinstance(slot, bool) or not isinstance(slot, int):
+                raise TypeError(f"Slots.{what}: slot must be an int, got {type(slot).__name__}.")
+            if not 0 <= slot < len(self):
+                raise ValueError(f"Slots.{what}: slot must lie in [0, {len(self)}), got {slot}.")
+        if mixture not in MIXTURES:
+            raise ValueError(f"Slots.{what}: mixture must be one of {MIXTURES}, got {mixture!r}.")
         self._bank._check_model()
         self._check_device(what)
 

@@ -13,6 +13,7 @@ from threading import Lock
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # The tests put a record of calls in its place.
 _cuda: Any = torch.cuda
@@ -22,6 +23,15 @@ _DEVICE = "cuda"
 def ordered(device: torch.device) -> bool:
     """Whether work on ``device`` has streams that must be kept in order now."""
     return device.type == _DEVICE and not _cuda.is_current_stream_capturing()
+
+
+def sent(values: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of ``values`` on ``device``, in the order of the current stream; nobody waits."""
+    host = torch.tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return host.to(device)
+    # torch's allocator keeps the pinned memory until the copy has run.
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 class StreamOrder:

@@ -108,6 +108,23 @@ def test_admission_touches_no_other_slot(bank: t2k.ExpertBank) -> None:
     assert slots.free == [1, 3]
 
 
+@pytest.mark.parametrize("form", ["deviation", "authors"])
+def test_several_admissions_at_once(bank: t2k.ExpertBank, form: str) -> None:
+    together, alone = bank.slots(6), bank.slots(6)
+    routings = {4: "math", 0: None, 5: {"code": 0.7, "prose": -0.3}, 2: {"prose": 1.0}}
+    together.admit_all(routings, mixture=form)
+    for slot, routing in routings.items():
+        alone.admit(slot, routing, mixture=form)
+    assert torch.equal(together.arena.nan_to_num(7.0), alone.arena.nan_to_num(7.0))
+    assert together.free == [1, 3]
+    before = together.arena.clone()
+    together.admit_all({})
+    with pytest.raises(KeyError, match="no expert named 'maths'"):
+        together.admit_all({1: "math", 3: "maths"})
+    assert torch.equal(together.arena.nan_to_num(7.0), before.nan_to_num(7.0))
+    assert together.free == [1, 3]
+
+
 def test_addresses_and_plans_never_change(bank: t2k.ExpertBank) -> None:
     slots = bank.slots(4)
     with slots.use(3):
@@ -206,6 +223,8 @@ WRONG: list[tuple[str, tuple[Any, ...], type[Exception], str]] = [
     ("admit", (0, torch.ones(2)), ValueError, r"\(K,\) = \(3,\) or \(L, K\) = \(2, 3\)"),
     ("admit", (0, torch.ones(3).long()), ValueError, "float tensor"),
     ("admit", (0, torch.full((3,), float("nan"))), ValueError, "must be finite"),
+    ("admit_all", ({2: "math"},), ValueError, r"slot must lie in \[0, 2\), got 2"),
+    ("admit_all", (["math"],), TypeError, r"expected {slot: routing}, got list"),
     ("release", ("0",), TypeError, "slot must be an int, got str"),
     ("assign", ([0, 0, 0],), ValueError, "3 rows, but the batch has at most 2"),
     ("assign", (["math"],), TypeError, "row 0 must be an int or None, got 'math'"),
