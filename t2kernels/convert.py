@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .nn.linear import Factors, SVFLinear, is_conv1d, weight_of
+from .nn.quantized_base import QuantizedBaseLinear, dequantized, quantized_kind
 from .nn.routing import Route
 from .quantized import QuantizedFactors, check_kind, quantize
 from .selection import check_module, select
@@ -114,11 +115,14 @@ def convert(
         targets: "all-linear", "mlp", "attention", layer names or their suffixes, or a regex that
             must match the whole name. Tied and output-head layers are left alone.
         exclude: suffixes or a regex of layers to leave alone.
-        rank: keep k components per layer and use the delta form; None keeps all.
+        rank: keep k components per layer and use the delta form; None keeps all. Layers quantised
+            by torchao or bitsandbytes need it: k components ride on the quantised weight.
         factors: "int8" or "fp8" holds U and V in 8 bits with a scale per column (weight-only, see
             ``quantize``); None in the weight's dtype.
         decomposition: a folder written by ``t2 decompose`` (or a FactorStore, or a mapping from
             layer names to factors) instead of decomposing here; the base weight must be the same.
+            For a quantised layer it may be the weight before it was quantised, whose experts then
+            fit; without it, what the quantised weight stands for is decomposed.
         keep_weight: False drops every W. Saves memory; the base is then exact to rounding only.
         parametrisation: of the layers' own z: "direct" or "sigmoid-normalised".
         precision: of the decomposition, "fp32" or "fp64".
@@ -163,6 +167,14 @@ def convert(
             "convert: no layer that the targets name can be converted:"
             + "".join(f"\n  {n}: {r}" for n, r in list(report.skipped.items())[:20])
         )
+    kinds = {name: kind for name, m in chosen.items() if (kind := quantized_kind(m)) is not None}
+    if kinds and rank is None:
+        name, kind = next(iter(kinds.items()))
+        raise ValueError(
+            f"convert: {len(kinds)} layers are quantised ({name!r}: {kind}), so components ride on "
+            "the quantised weight and all of them would take more memory than it saves. Pass "
+            "rank=k (the least of in and out features keeps all), or exclude these layers."
+        )
     source = FactorStore(decomposition) if isinstance(decomposition, (str, Path)) else decomposition
     layers: dict[str, SVFLinear] = {}
     bar = tqdm(chosen.items(), desc="decompose", unit="layer", disable=None if progress else True)
@@ -192,19 +204,25 @@ def _make_layer(
     precision: str,
     recompute: bool,
 ) -> SVFLinear:
-    weight = weight_of(module)
+    quantized = quantized_kind(module) is not None
+    try:
+        weight = dequantized(module) if quantized else weight_of(module)
+    except ValueError as error:
+        raise ValueError(f"convert: layer {name!r}: {error}") from error
     full = min(weight.shape)
     k = None if rank is None or rank >= full else rank
     given: Factors | None = None
     if isinstance(source, FactorStore):
         values = weight.detach().t() if is_conv1d(module) else weight.detach()
-        key = source.find(name, values)
+        # Of a quantised layer the store may hold the original: names decide, and a coarse check.
+        key = source.find(name, None if quantized else values)
         if key is None:
             raise ValueError(
                 f"convert: the factors at {source.path} have none for layer {name!r}. "
                 "Decompose the same checkpoint with the same targets."
             )
-        source.verify(key, values)
+        if not quantized:
+            source.verify(key, values)
         given = source.load(key, device=weight.device, dtype=weight.dtype)
     elif source is not None:
         if name not in source:
@@ -215,12 +233,14 @@ def _make_layer(
             raise ValueError("convert: rank cannot cut 8-bit factors; cut them before quantize.")
         given = SVDFactors(given.U[:, :k], given.S[:k], given.V[:, :k])
     try:
-        layer = SVFLinear.from_linear(
+        layer = (QuantizedBaseLinear if quantized else SVFLinear).from_linear(
             module, rank=k, factors=given, keep_weight=keep_weight,
             parametrisation=parametrisation, precision=precision, recompute=recompute,
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:
         raise type(error)(f"convert: layer {name!r}: {error}") from error
+    if quantized and isinstance(source, FactorStore) and key is not None:
+        layer._fingerprint = source.info(key)["fingerprint"]  # what experts of the original carry
     if kind is not None:
         _quantize_layer(name, layer, kind)
     layer.z.requires_grad_(False)

@@ -58,13 +58,13 @@ def explain(layer: SVFLinear, x: Tensor) -> Explanation:
     delta = not layer.full_rank
     scale = f.scale if isinstance(f, QuantizedFactors) else None
     x2 = x.reshape(-1, layer.in_features)
-    if delta and layer.weight is not None:
+    if delta and layer.weight is not None and layer.quantized_base is None:
         W = layer.weight.t() if layer.transposed else layer.weight
         choice = dispatch.choose_delta(x2, W, f.U, f.V, d.detach(), f.S, slot, layer.bias, scale)
     else:
         choice = dispatch.choose(x2, f.U, f.V, d.detach(), f.S, slot, layer.bias, scale)
     if delta:
-        why += f"; {layer.rank} components ride on the stored weight"
+        why += f"; {layer.rank} components ride on the {layer.quantized_base or 'stored weight'}"
     if isinstance(f, QuantizedFactors):
         why += f"; U and V are held in {f.kind}"
     return Explanation(

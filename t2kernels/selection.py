@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .nn.linear import is_conv1d, weight_of
+from .nn.quantized_base import quantized_kind
 from .targets import check_targets, classify, listed, match
 
 # Layers of a Mamba mixer (the module that has A_log and D): on a GPU the fused scan takes the
@@ -59,8 +60,10 @@ def _reason_to_skip(
         return f"its weight is tied to {', '.join(others)}"
     if module is head and classify(name) != "head":
         return "output head"
+    if quantized_kind(module) is not None:
+        return None
     if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}, quantised bases need the delta form on their own"
+        return f"its weight is {weight.dtype}, of no quantised layer that is known here"
     if weight.numel() == 0:
         return f"its weight is empty, shape {tuple(weight.shape)}"
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":

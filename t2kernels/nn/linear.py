@@ -58,6 +58,7 @@ class SVFLinear(nn.Module):
     weight: Tensor | None
     bias: Tensor | None
     z: nn.Parameter
+    quantized_base: str | None = None  # what holds W where it is quantised
 
     def __init__(
         self,
@@ -373,7 +374,7 @@ class SVFLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SVFLinear:
         """Move the factors with the module; z and σ change device, never dtype."""
         z = self._parameters.pop("z")  # out of reach of a cast
-        super()._apply(fn, recurse)
+        self._apply_base(fn, recurse)
         if z is not None:
             grad, z.grad = z.grad, None
             z.data = _keep_dtype(fn, z.data)
@@ -395,6 +396,9 @@ class SVFLinear(nn.Module):
         # Of an empty tensor, since 8-bit factors without a weight have no tensor of that dtype.
         self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self._U.device)).dtype
         return self
+
+    def _apply_base(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
+        super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -457,15 +461,15 @@ def _shell(linear: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _check_belongs(weight: Tensor, factors: Factors) -> None:
+def _check_belongs(weight: Tensor, factors: Factors, room: float = 0.05) -> None:
     """Raise unless Wᵀ·U = V·diag(σ) on one random combination of columns: one pass over W.
 
-    Holds for the leading k components too. 5 % leaves room for bf16 factors; an entry of fp8 ones
-    errs by up to 6.25 %.
+    Holds for the leading k components too. ``room`` of 5 % is for bf16 factors; an entry of fp8
+    ones errs by up to 6.25 %.
     """
     if factors.U.shape[0] != weight.shape[0] or factors.V.shape[0] != weight.shape[1]:
         return  # the constructor names the shapes
-    room = 0.1 if isinstance(factors, QuantizedFactors) else 0.05
+    room = max(room, 0.1) if isinstance(factors, QuantizedFactors) else room
     f = dequantize(factors) if isinstance(factors, QuantizedFactors) else factors
     mix = torch.randn(f.S.shape[0], generator=torch.Generator().manual_seed(0)).to(f.S)
     W = weight.to(f.S.device, torch.float32)

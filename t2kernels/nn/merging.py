@@ -69,10 +69,17 @@ def merge(layers: Sequence[SVFLinear], ds: Sequence[Tensor], keep: str = "device
     exception the caller calls ``unmerge`` for all layers.
 
     Raises:
-        ValueError: a d that is not (r,), an unknown ``keep``.
+        ValueError: a d that is not (r,), an unknown ``keep``. RuntimeError: a quantised weight.
     """
     if keep not in KEEP:
         raise ValueError(f"merge: keep must be one of {KEEP}, got {keep!r}.")
+    for layer in layers:
+        if layer.quantized_base is not None:
+            raise RuntimeError(
+                f"merge: the weight is quantised ({layer.quantized_base}) and cannot take an "
+                "expert. Use it unmerged (bank.use), or merge it into the unquantised checkpoint "
+                "(t2 export) and quantise that."
+            )
     changes = _changes(layers, ds)
     with _sums_in_fp32():
         for layer, change in zip(layers, changes):
