@@ -176,9 +176,14 @@ def rehearsable(run: Run, name: str, *arguments: str) -> Command:
 
 
 def parts(run: Run) -> list[Command]:
-    """Layers that share x as one call."""
+    """Layers that share x as one call, mixing, and what Python costs."""
     small = ["--tokens", "4", "--seconds", "0.01"]
-    return [rehearsable(run, "bench_parts.py", *(small if run.dry else []))]
+    device = ["--device", "cpu", "--seconds", "0.01"] if run.dry else ["--device", "cuda"]
+    result = ["--dtype", "bfloat16", "--json", str(run.out / "overhead.json")]
+    return [
+        rehearsable(run, "bench_parts.py", *(small if run.dry else [])),
+        script("bench_overhead.py", *device, *result),
+    ]
 
 
 def model(run: Run) -> list[Command]:

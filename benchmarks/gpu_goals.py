@@ -224,7 +224,7 @@ GOALS = (
          field("parts", "ratio", part=("group",), judged=(True,))),
     Goal(DECODE, "decode", "batch-invariant mode against the default", 1.15, invariant),
     Goal(DECODE, "parts", "Python per layer without a graph, µs", 5.0,
-         field("parts", "python_us", part=("overhead",))),
+         field("overhead", "python_us")),
     Goal(THROUGHPUT, "prefill", "T = 8192 against two library GEMMs and a scale, 4096↔14336", 1.0,
          against(("three-op",), Lines(MLP, tokens=(8192, 8192)))),
     Goal(THROUGHPUT, "prefill", "T = 8192 against two library GEMMs and a scale, 4096²", 0.98,

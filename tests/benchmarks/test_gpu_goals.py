@@ -100,7 +100,7 @@ def test_a_training_step_decides(text, good, bad):
 
 OTHERS = [
     ("q, k, v as a group", "parts", {"part": "group", "judged": True, "ratio": 0.85}, 0.86),
-    ("Python per layer", "parts", {"part": "overhead", "python_us": 5.0}, 5.1),
+    ("Python per layer", "overhead", {"python_us": 5.0}, 5.1),
     ("bf16, all linears", "model",
      {"of_dense": 0.7, "factors": "bf16", "targets": "all-linear", "requests": 32,
       "stage": "decode"}, 0.69),
