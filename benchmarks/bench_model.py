@@ -286,12 +286,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="each form through torch.compile, too")
     add("--eager", action="store_true", help="on a GPU: each form without a graph, too")
     add("--seconds", type=float, default=0.5, metavar="S", help="for each form (0.5)")
-    add("--minutes", type=float, default=8.0, help="start no further stage after this (8)")
+    add("--minutes", type=float, default=7.0, help="start no further stage after this (7)")
     return parser
 
 
-def run(args: argparse.Namespace, size: llama.Size) -> dict[str, Any]:
-    """All stages in the order of their weight for the goals; prints as it goes."""
+def run(
+    args: argparse.Namespace, size: llama.Size, save: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """All stages in the order of their weight for the goals; prints and saves as it goes."""
     began, device = time.perf_counter(), torch.device(args.device)
     rate = matmul_gflops(torch.bfloat16, device)
     bandwidth = Bandwidth(device, torch.get_num_threads())
@@ -305,26 +307,31 @@ def run(args: argparse.Namespace, size: llama.Size) -> dict[str, Any]:
     stages = args.only or ["merge", "decode", "admit", "prefill"]
     rows: list[dict[str, Any]] = []
     missed: list[str] = []
+    result: dict[str, Any] = {
+        "ceilings": {"gbs": gbs, "matmul_gflops": rate, "bandwidth_method": bandwidth.method},
+        "parameters": parameters, "not_measured": missed, "rows": rows,
+    }  # fmt: skip
+
+    def add(found: list[dict[str, Any]]) -> None:
+        rows.extend({**row, "size": size.label} for row in found)
+        result["seconds"] = time.perf_counter() - began
+        save(result)
+
     if "merge" in stages:
-        rows += measure_merge(models, 7)
+        add(measure_merge(models, 7))
     if "admit" in stages:
-        rows += measure_admission(models)
+        add(measure_admission(models))
     for stage in ("decode", "prefill"):
         for requests in args.requests if stage in stages else ():
             if time.perf_counter() - began > 60 * args.minutes:
                 missed.append(f"{stage} of {requests} requests")
                 continue
-            rows += measure_stage(args, models, small, requests, stage)
+            add(measure_stage(args, models, small, requests, stage))
             gc.collect()
     if missed:
         print(f"out of time, not measured: {', '.join(missed)}")
-    for row in rows:
-        row["size"] = size.label
-    return {
-        "ceilings": {"gbs": gbs, "matmul_gflops": rate, "bandwidth_method": bandwidth.method},
-        "parameters": parameters, "seconds": time.perf_counter() - began, "not_measured": missed,
-        "rows": rows,
-    }  # fmt: skip
+    save(result)
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -336,16 +343,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--requests, --prompt and --seconds must be positive")
     record = begin(parser, args)
     print(json.dumps(record, ensure_ascii=False, indent=1), flush=True)
+    settings = {**vars(size), "prompt": args.prompt, "experts": EXPERTS}
+    head = {"schema": SCHEMA, "benchmark": "model", "environment": record, "settings": settings}
+
+    def save(result: dict[str, Any]) -> None:
+        if args.json is not None:
+            write(args.json, {**head, **result})
+
     try:
         with torch.inference_mode():
-            result = run(args, size)
+            result = run(args, size, save)
     except Refused as refusal:
         print(f"REFUSED: {refusal}", file=sys.stderr)
         return 1
-    if args.json is not None:
-        settings = {**vars(size), "prompt": args.prompt, "experts": EXPERTS}
-        head = {"schema": SCHEMA, "benchmark": "model", "environment": record}
-        write(args.json, {**head, "settings": settings, **result})
     return int(any("refused" in row for row in result["rows"]))
 
 

@@ -135,8 +135,9 @@ def sanitizer(run: Run) -> list[Command]:
 def forms(run: Run) -> list[Command]:
     """Every form of the CUDA kernels at decode sizes, and which wins where."""
     both = "--forms --no-compile --no-peft --no-training"
-    sizes = "--dtypes bf16 int8 fp8 fp16 --tokens 1 4 8 16 32 64 128"
-    measure = line_ups(run, "forms", f"{both} {sizes}", f"{both} --tokens 1")
+    shapes = f"--shapes {LARGE} 4096x1024 --dtypes bf16 int8 fp8 fp16"
+    sizes = f"{both} {shapes} --tokens 1 8 32 64 128 --seconds 0.03"
+    measure = line_ups(run, "forms", sizes, f"{both} --tokens 1")
     return [measure, script("forms.py", str(run.out / "forms.json"))]
 
 

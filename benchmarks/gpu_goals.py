@@ -57,9 +57,13 @@ def _fastest(
 
 
 def _over(top: dict[tuple[Any, ...], Row], bottom: dict[tuple[Any, ...], Row]) -> Pairs:
-    """Time of one over time of the other, for line-ups that have both."""
+    """Time of one over time of the other, for line-ups that have both.
+
+    What ran as a graph is not held against what could not be captured.
+    """
     for key, row in top.items():
-        if key in bottom:
+        uneven = row.get("timing") == "graph" and bottom.get(key, {}).get("timing") == "events"
+        if key in bottom and not uneven:
             value = row["time_us"] / bottom[key]["time_us"]
             name = f"{row['name']} against {bottom[key]['name']}"
             yield (

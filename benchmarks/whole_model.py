@@ -67,7 +67,7 @@ class Stage:
     def __init__(self, model: Any, requests: int, start: int, new: int) -> None:
         config, device = model.config, model.device
         self.model, self.start = model, start
-        length = start + new + SLACK
+        length = -(-(start + new + SLACK) // 64) * 64  # a mask of another length would be copied
         self.cache = StaticCache(config=config, max_cache_len=length)
         head = config.hidden_size // config.num_attention_heads
         self.cache.early_initialization(

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
 
 import bench_model
 import gpu_goals
 import llama
+import plot
 import results
 import torch
 import whole_model
@@ -38,6 +40,8 @@ def test_rows_goals_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert rows[0]["merge_ms"] > 0 and rows[0]["matrices"] == 6
     assert found["settings"]["hidden"] == 64 and found["ceilings"]["gbs"] > 0
     assert "all-linear int8" in capsys.readouterr().out
+    plot.draw(found, tmp_path / "out.png")
+    assert (tmp_path / "out.png").stat().st_size > 1000
     assert rows[1]["done_us"] >= rows[1]["returned_us"] > 0
     # The goals are about one size of model alone.
     (merge,) = [o for o in gpu_goals.evaluate([found], any_device=True) if "merge" in o.goal]

@@ -121,6 +121,13 @@ def test_other_benchmarks_decide(text, kind, good, worse):
     assert judged(text, [good], benchmark=kind, device="cpu").met is None
 
 
+def test_a_graph_is_not_held_against_what_could_not_be_captured():
+    ours = row("ours", 1.0, timing="graph")
+    for timing, expected in (("graph", True), ("events", None)):
+        found = judged("T ≤ 32, 4096²: speed-up", [ours, row("three-op", 9.0, timing=timing)])
+        assert found.met is expected
+
+
 def test_line_ups_of_two_runs_are_not_compared():
     runs = [
         {"benchmark": "svf", "environment": CUDA, "rows": [row("ours", 1.0)]},
