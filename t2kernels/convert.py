@@ -11,7 +11,8 @@ from torch import nn
 from tqdm import tqdm
 
 from .nn.linear import Factors, SVFLinear, is_conv1d, weight_of
-from .nn.quantized_base import QuantizedBaseLinear, dequantized, quantized_kind
+from .nn.quantized_base import QuantizedBaseLinear
+from .nn.quantized_layers import dequantized, quantized_kind
 from .nn.routing import Route
 from .quantized import QuantizedFactors, check_kind, quantize
 from .selection import check_module, select

@@ -16,6 +16,7 @@ from ..ops.functional import dense, layout, run, run_delta, under_autocast
 from ..quantized import QuantizedFactors, dequantize
 from ..svd import SVDFactors, check_factors, decompose, fingerprint, reconstruct
 from . import merging
+from .quantized_layers import quantized_kind
 from .routing import Route
 from .settled import Settled, Watch, settle
 
@@ -150,6 +151,11 @@ class SVFLinear(nn.Module):
             raise TypeError(
                 f"SVFLinear.from_linear: expected nn.Linear or transformers' Conv1D, got "
                 f"{type(linear).__name__}."
+            )
+        if (kind := quantized_kind(linear)) is not None:
+            raise TypeError(
+                f"SVFLinear.from_linear: the layer is quantised ({kind}). Use "
+                "t2kernels.convert(model, rank=k): components ride on the quantised weight."
             )
         weight = weight_of(linear)
         if factors is None:

@@ -253,16 +253,23 @@ def _blocks(size: int, step: int) -> Iterator[slice]:
 def _sums_in_fp32() -> Iterator[None]:
     """cuBLAS may add parts of a long 16-bit sum in 16 bits unless it is told not to."""
     matmul = torch.backends.cuda.matmul
-    names = [
+    names = (
         "allow_bf16_reduced_precision_reduction",
         "allow_fp16_reduced_precision_reduction",
         "allow_fp16_accumulation",
-    ]
-    before = {name: getattr(matmul, name) for name in names if hasattr(matmul, name)}
+    )
+    before = {name: _setting(name) for name in names if hasattr(matmul, name)}
     try:
-        for name in before:
-            setattr(matmul, name, False)
+        for name, value in before.items():
+            setattr(matmul, name, (False, value[1]) if isinstance(value, tuple) else False)
         yield
     finally:
         for name, value in before.items():
             setattr(matmul, name, value)
+
+
+def _setting(name: str) -> bool | tuple[bool, bool]:
+    """Newer torch sets two things by one name: the sums, and whether they may be split at all."""
+    matmul = torch.backends.cuda.matmul
+    value, split = getattr(matmul, name), getattr(matmul, f"{name}_split_k", None)
+    return value if split is None else (value, split)

@@ -281,13 +281,21 @@ def test_settings_of_the_library_are_put_back(monkeypatch):
     monkeypatch.setattr(
         merging,
         "_write",
-        lambda *a: (seen.append(matmul.allow_bf16_reduced_precision_reduction), write(*a)),
+        lambda *a: (seen.append(getattr(matmul, name)), write(*a)),
     )
-    before = matmul.allow_bf16_reduced_precision_reduction
+    name = "allow_bf16_reduced_precision_reduction"
     layer = made()
-    layer.merge_diagonal(layer.factors.S * 2)
-    assert seen == [False]
-    assert matmul.allow_bf16_reduced_precision_reduction == before
+    two = hasattr(matmul, f"{name}_split_k")
+    settings = [(True, True), (False, True), (False, False)] if two else [True, False]
+    try:
+        for before in settings:  # the last of a pair: whether a sum may be split at all
+            setattr(matmul, name, before)
+            layer.merge_diagonal(layer.factors.S * 2)
+            after = getattr(matmul, name)
+            assert before == ((after, getattr(matmul, f"{name}_split_k")) if two else after)
+    finally:
+        setattr(matmul, name, True)  # as torch starts
+    assert seen and not any(seen)
 
 
 def test_is_conv1d_knows_this_files_layer():

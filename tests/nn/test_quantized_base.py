@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import t2kernels as t2k
-from t2kernels.nn.quantized_base import QuantizedBaseLinear, dequantized, quantized_kind
+from t2kernels.nn.quantized_base import QuantizedBaseLinear
+from t2kernels.nn.quantized_layers import dequantized, quantized_kind
 
 
 class Linear8bitLt(nn.Linear):
@@ -369,6 +370,8 @@ def test_plain_layers_beside_quantised_ones():
     kinds = {c.name: type(model[int(c.name)]) for c in report.converted}
     assert kinds["4"] is t2k.SVFLinear and kinds["0"] is QuantizedBaseLinear
     assert quantized_kind(model[4]) is None
+    with pytest.raises(TypeError, match=r"layer is quantised \(bitsandbytes.*rank=k"):
+        t2k.SVFLinear.from_linear(model_of(stand_in)[0])
     with pytest.raises(ValueError, match="no known quantised layer"):
         dequantized(nn.Linear(2, 2))
 
