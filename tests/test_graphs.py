@@ -302,3 +302,56 @@ def test_slots_for_smaller_batches(bank: t2k.ExpertBank, cuda: FakeCUDA) -> None
 def test_a_cpu_is_refused(bank: t2k.ExpertBank) -> None:
     with pytest.raises(RuntimeError, match=r"need inputs on a GPU, ids is on cpu.*the step itself"):
         make(bank, None)
+
+
+# What no capture survives, or what it would freeze into a constant: a value that the host looks at.
+WAITS = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default"}
+
+
+def test_a_transformer_with_a_static_cache(cuda: FakeCUDA) -> None:
+    """Prefill and decode of a Llama: greedy tokens as eager, nothing that waits in a capture."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    t2k.convert(model, progress=False)
+    bank = t2k.ExpertBank(model)
+    for seed, name in enumerate(("math", "code")):
+        gen = torch.Generator().manual_seed(seed)
+        z = {n: 1 + torch.randn(m.rank, generator=gen) for n, m in bank._layers.items()}
+        bank.add(name, t2k.Expert(z))
+    slots, rows, prompt = bank.slots(4), 3, torch.randint(3, 40, (3, 5))
+    cache = transformers.StaticCache(config=config, max_cache_len=16)
+
+    def step(ids: Tensor, at: Tensor) -> Tensor:
+        out = model(
+            input_ids=ids, position_ids=at.expand(len(ids), -1), past_key_values=cache,
+            use_cache=True,
+        )  # fmt: skip
+        return out.logits[:, -1]
+
+    graphs = t2k.StepGraphs(
+        step, {"ids": prompt[:, :1], "at": torch.zeros(1, 1, dtype=torch.int64)},
+        batches=(rows,), shared=["at"], slots=slots,
+    )  # fmt: skip
+    recorded = {str(call[0]) for graph in graphs._graphs.values() for call in graph.calls}
+    assert not recorded & WAITS
+    assert "t2kernels.svf_product.default" in recorded
+    routings: list[list[Any]] = [["math", None, {"code": 0.5}], ["code", "math", None]]
+    for routing in routings:
+        slots.admit_all({i: mixture for i, mixture in enumerate(routing) if mixture is not None})
+        slots.assign([None if mixture is None else i for i, mixture in enumerate(routing)])
+        cache.reset()
+        tokens = prompt
+        for at in range(11):
+            logits = graphs(ids=tokens[:, at : at + 1], at=torch.tensor([[at]]))
+            if at + 1 >= prompt.shape[1]:
+                tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
+        with bank.use(routing):
+            expected = model.generate(
+                prompt, max_new_tokens=7, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+        assert torch.equal(tokens, expected)
