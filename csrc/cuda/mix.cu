@@ -119,9 +119,7 @@ __global__ void __launch_bounds__(MIX_THREADS) mix_kernel(const Mixing<Z> m) {
     load_vector(S, s);
 #pragma unroll
     for (int v = 0; v < MIX_COLUMNS; ++v) s[v] = foreign ? nanf("") : __fmul_rn(s[v], total[v]);
-    uint4 raw;
-    std::memcpy(&raw, s, sizeof(raw));
-    *reinterpret_cast<uint4*>(out) = raw;
+    __stcg(reinterpret_cast<float4*>(out), float4{s[0], s[1], s[2], s[3]});  // an assignment is split in four
   } else {
 #pragma unroll
     for (int v = 0; v < MIX_COLUMNS; ++v) {

@@ -31,6 +31,12 @@ struct uint4 {
   unsigned x, y, z, w;
 } __attribute__((aligned(16)));
 
+struct float4 {
+  float x, y, z, w;
+} __attribute__((aligned(16)));
+
+inline void __stcg(float4* to, float4 value) { *to = value; }
+
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3() = default;

@@ -151,25 +151,41 @@ def test_loads_are_16_bytes_wide(source: str, tmp_path: Path) -> None:
     assert not any(re.search(r"\batom\.|\bred\.", entry) for entry in entries), "no atomics"
 
 
+def machine_code(folder: Path, name: str) -> list[tuple[str, str, list[str]]]:
+    """(architecture, function, names of its instructions) of one object file."""
+    tool = cuobjdump()
+    if tool is None:
+        pytest.skip("cuobjdump is neither in the CUDA toolkit nor in Triton")
+    command = [tool, "-sass", str(folder / f"{name}.o")]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    by_arch = re.split(r"arch = sm_(\w+)", text)[1:]
+    return [
+        (arch, function.split()[0], INSTRUCTION.findall(function))
+        for arch, part in zip(by_arch[::2], by_arch[1::2])
+        for function in part.split("Function : ")[1:]
+    ]
+
+
+def test_mixing_rounds_every_step_and_moves_16_bytes(kernels: list[Kernel], folder: Path) -> None:
+    """No fused multiply-add, whose bits would not be torch's; no atomics, no local memory."""
+    functions = machine_code(folder, "mix")
+    assert sorted(arch for arch, _, _ in functions) == sorted(ARCHS * 8)
+    for _, function, names in functions:
+        assert any(name.startswith("FMUL") for name in names)
+        assert not any(name.startswith(("FFMA", "ATOM", "RED", *LOCAL_MEMORY)) for name in names)
+        vector = "mix_kernelILb1E" in function
+        assert vector == any(name.startswith("STG.E.128") for name in names), function
+        assert vector == any(name.startswith("LDG.E.128") for name in names), function
+
+
 @pytest.mark.parametrize("kind", ["bf16", "fp16", "int8", "fp8"])
 def test_tensor_cores_and_asynchronous_copies(
     kernels: list[Kernel], folder: Path, kind: str
 ) -> None:
     """In the machine code; no local memory; atomics only for the two counters of the barrier."""
-    tool = cuobjdump()
-    if tool is None:
-        pytest.skip("cuobjdump is neither in the CUDA toolkit nor in Triton")
-    command = [tool, "-sass", str(folder / f"decode_mma_{kind}.o")]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    by_arch = re.split(r"arch = sm_(\w+)", text)[1:]
-    functions = [
-        (arch, function)
-        for arch, part in zip(by_arch[::2], by_arch[1::2])
-        for function in part.split("Function : ")[1:]
-    ]
-    assert sorted(arch for arch, _ in functions) == sorted(ARCHS * 7)
-    for arch, function in functions:
-        names = INSTRUCTION.findall(function)
+    functions = machine_code(folder, f"decode_mma_{kind}")
+    assert sorted(arch for arch, _, _ in functions) == sorted(ARCHS * 7)
+    for arch, _, names in functions:
         for wanted in WANTED + (WANTED_ON_90 if arch == "90a" else []):
             assert any(name.startswith(wanted) for name in names), (arch, wanted)
         assert not any(name.startswith(LOCAL_MEMORY) for name in names)
