@@ -21,6 +21,7 @@ DELTA = Path(__file__).with_name("triton_delta_cases.py")
 GROUP = Path(__file__).with_name("triton_group_cases.py")
 MIXING = CASES.with_name("test_mixing.py")  # every test of it
 LARGE = Path(__file__).with_name("triton_large_cases.py")
+TUNING = Path(__file__).with_name("triton_tuning_cases.py")
 
 
 def version_of(module: ModuleType) -> tuple[int, ...]:
@@ -48,6 +49,7 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
         ("Group", GROUP),
         ("", MIXING),
         ("Descriptors or TestRuns", LARGE),
+        ("Tuning", TUNING),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

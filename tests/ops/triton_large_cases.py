@@ -6,7 +6,9 @@ blocks, bounds, zeros outside; alignment is checked, speed is not.
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +22,10 @@ from t2kernels.ops.triton import _backward
 from t2kernels.ops.triton.common import config
 from t2kernels.ops.triton.common.config import Tile
 from t2kernels.testing import Inputs, make_inputs
-from tests.ops import triton_delta_cases, triton_interpret_cases
+
+sys.path.insert(0, str(Path(__file__).parent))
+import triton_delta_cases
+import triton_interpret_cases
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_triton_interpret.py"
 

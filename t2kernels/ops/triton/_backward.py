@@ -247,6 +247,37 @@ def finalise(partial: Tensor, out: Tensor, slot: Tensor | None, scale: Tensor | 
             )  # fmt: skip
 
 
+def gradient(
+    g: Tensor,
+    U: Tensor,
+    d: Tensor,
+    base: Tensor,
+    slot: Tensor | None,
+    scale: Tensor | None,
+    *,
+    h: Tensor | None,
+    gud: Tensor | None,
+) -> Tensor | None:
+    """Write gu ⊙ d_row into ``gud`` (T, r); with ``h`` return what ``finalise`` makes dd of."""
+    (T, OUT), R = g.shape, U.shape[1]
+    tile = config.choose("gradient", T, R, OUT, g, U)
+    tile = config.with_descriptors(tile, g, U)
+    summands = None
+    if h is not None:
+        tile = tile if slot is None else config.for_slots(tile)
+        # One row per token tile; room for one per token where those of a tile differ in slot.
+        rows = T if slot is not None else triton.cdiv(T, tile.tokens)
+        summands = torch.empty((rows, R), dtype=d.dtype, device=d.device)
+    left, right = config.operands(tile, g, U, inner_first=True)
+    with config.on_device(g):
+        gradient_kernel[config.grid(tile, T, R, g.device)](
+            left, g.stride(0), right, d, d.stride(0) if d.dim() == 2 else 0, base, slot, scale,
+            h, gud, None if slot is None else summands, summands if slot is None else None,
+            T, OUT, R, **config.constants(tile, g, OUT), **config.options(tile),
+        )  # fmt: skip
+    return summands
+
+
 def backward(
     g: Tensor,
     x: Tensor,
@@ -267,7 +298,7 @@ def backward(
     x.dtype for dx; for dd one (r,) row per token tile, or with slots (T, r) in fp32, of which only
     a row per run of 16 tokens is touched where the run has one slot.
     """
-    (T, OUT), R = g.shape, U.shape[1]
+    T, R = g.shape[0], U.shape[1]
     if not (need_dx or need_dd):
         return None, None
     if g.stride(-1) != 1 and g.shape[-1] > 1:
@@ -278,29 +309,14 @@ def backward(
     if T == 0 or R == 0:
         return (torch.zeros_like(x) if need_dx else None), dd
 
-    tile = config.choose("gradient", T, R, OUT, g, U)
-    tile = config.with_descriptors(tile, g, U)
-    if slot is not None and need_dd:
-        tile = config.for_slots(tile)
-    left, right = config.operands(tile, g, U, inner_first=True)
     gud = torch.empty((T, R), dtype=x.dtype, device=x.device) if need_dx else None
-    summands = None
     if need_dd:
         # Without its scale, x times 8-bit factors leaves fp16's range, also as it was saved.
         wide = scale is not None and x.dtype == torch.float16
         if h is None or wide:
             h = torch.empty((T, R), dtype=d.dtype if wide else x.dtype, device=x.device)
             project(x, V, d, base, slot, scale, h=h, hd=None)
-        # One row per token tile; room for one per token where those of a tile differ in their slot.
-        rows = T if slot is not None else triton.cdiv(T, tile.tokens)
-        summands = torch.empty((rows, R), dtype=d.dtype, device=d.device)
-    with config.on_device(g):
-        gradient_kernel[config.grid(tile, T, R, g.device)](
-            left, g.stride(0), right, d, d.stride(0) if d.dim() == 2 else 0, base, slot, scale,
-            h if need_dd else None, gud,
-            None if slot is None else summands, summands if slot is None else None,
-            T, OUT, R, **config.constants(tile, g, OUT), **config.options(tile),
-        )  # fmt: skip
+    summands = gradient(g, U, d, base, slot, scale, h=h if need_dd else None, gud=gud)
     if dd is not None and summands is not None:
         finalise(summands, dd, slot, scale)
     dx = None if gud is None else expand(gud, V.t(), None, transposed=True)

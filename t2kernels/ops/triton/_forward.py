@@ -211,7 +211,8 @@ def expand(
     if T == 0 or OUT == 0:
         return y
     strides = (OUT, 1) if transposed else (1, INNER)
-    tile = config.choose("expand", T, OUT, INNER, a, weight, batch_invariant=batch_invariant)
+    kernel = "expand_t" if transposed else "expand"
+    tile = config.choose(kernel, T, OUT, INNER, a, weight, batch_invariant=batch_invariant)
     tile = config.with_descriptors(tile, a, weight)
     left, right = config.operands(tile, a, weight, inner_first=transposed)
     with config.on_device(a):

@@ -1,5 +1,6 @@
-"""Tile sizes by plain rule: dtype, tokens and outputs in, one ``Tile`` out. Nothing is tuned at
-run time, so a first call costs one compilation and a captured graph never sees a benchmark.
+"""Tile sizes from a table made on such a GPU (``tables``), else by plain rule: dtype, tokens and
+outputs in, one ``Tile`` out. Nothing is tuned at run time, so a first call costs one compilation
+and a captured graph never sees a benchmark.
 
 The sizes were chosen from the compiled code (shared memory, registers, instructions) and from
 the floors of each regime; ``tests/ops/test_triton_compile.py`` holds them to those facts.
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -17,27 +18,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import tables
+from .tables import Tile as Tile
 from .tiles import tile_index
-
-
-class Tile(NamedTuple):
-    """One way to cut a (tokens, outputs) product.
-
-    ``chunk`` is the epilogue's column step. ``descriptors``: operands come by TMA. ``persistent``:
-    one program per multiprocessor, which goes through several tiles and fetches the next one's
-    operands during the epilogue.
-    """
-
-    tokens: int
-    outputs: int
-    inner: int
-    warps: int
-    stages: int
-    weights_first: bool = False
-    chunk: int = 64
-    descriptors: bool = False
-    persistent: bool = False
-
 
 # 16-bit activations. Decode reads weights at memory speed: many narrow tiles, several loads in
 # flight, tokens on the short side of the instruction.
@@ -75,7 +58,7 @@ FUSION = {"enable_fp_fusion": True}
 # Launch options of the kernels that are not products.
 SMALL: dict[str, Any] = {"num_warps": 4, **FUSION}
 
-TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+TRITON = tables.triton_version()
 # Decided by TRITON_INTERPRET when the kernels were first imported.
 INTERPRETED = not isinstance(tile_index, triton.JITFunction)
 
@@ -90,7 +73,14 @@ def choose(
     *,
     batch_invariant: bool = False,
 ) -> Tile:
-    """The tile for a product of ``tokens`` rows and ``outputs`` columns, summed over ``inner``."""
+    """The tile for a product of ``tokens`` rows and ``outputs`` columns, summed over ``inner``.
+
+    ``kernel``: one of ``tables.KERNELS``.
+    """
+    if not batch_invariant:
+        known = tables.lookup(kernel, tokens, outputs, inner, x, weight)
+        if known is not None:
+            return known
     narrow = x.dtype.itemsize <= 2
     if not narrow:
         if batch_invariant:
