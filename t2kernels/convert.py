@@ -10,15 +10,17 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .nn.group import Group
 from .nn.linear import Factors, SVFLinear, is_conv1d, weight_of
 from .nn.quantized_base import QuantizedBaseLinear
 from .nn.quantized_layers import dequantized, quantized_kind
 from .nn.routing import Route
+from .ops.layout import MAX_MEMBERS
 from .quantized import QuantizedFactors, check_kind, quantize
 from .selection import check_module, select
 from .store import FactorStore
 from .svd import SVDFactors
-from .targets import classify
+from .targets import classify, sharing
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,13 @@ class Converted:
 
 @dataclass
 class ConversionReport:
-    """What ``convert`` did: ``converted`` layers, and ``skipped`` names with the reason."""
+    """What ``convert`` did: ``converted`` layers, ``skipped`` names with the reason, and ``groups``
+    of layers that share their input, computed in one call where the policy says so."""
 
     converted: list[Converted] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     trainable: int = 0
+    groups: list[tuple[str, ...]] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [
@@ -48,6 +52,7 @@ class ConversionReport:
             f"  + {c.name} ({c.out_features}x{c.in_features}, rank {c.rank})"
             for c in self.converted
         ]
+        lines += [f"  = {', '.join(names)} share x" for names in self.groups]
         lines += [f"  - {name}: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
 
@@ -103,6 +108,7 @@ def convert(
     parametrisation: str = "direct",
     precision: str = "fp32",
     recompute: bool = False,
+    groups: bool = True,
     progress: bool = True,
 ) -> ConversionReport:
     """Replace linear layers of ``model`` by ``SVFLinear``, in place.
@@ -128,6 +134,8 @@ def convert(
         parametrisation: of the layers' own z: "direct" or "sigmoid-normalised".
         precision: of the decomposition, "fp32" or "fp64".
         recompute: compute xV again in backward instead of keeping it.
+        groups: let layers that get the same x (q, k, v; gate, up) be one call, of the same bits,
+            where the policy says so; their V become parts of one buffer. See ``nn/group.py``.
         progress: a progress bar on a terminal.
 
     Returns:
@@ -185,6 +193,8 @@ def convert(
             name, module, source, rank, factors, keep_weight, parametrisation, precision,
             recompute,
         )  # fmt: skip
+    if groups:
+        report.groups = _tie(layers)
     # All decompositions are done: from here nothing can fail half-way.
     _install(model, layers)
     for name, layer in layers.items():
@@ -249,6 +259,19 @@ def _make_layer(
     for attribute in _HOOKS:
         setattr(layer, attribute, getattr(module, attribute))
     return layer
+
+
+def _tie(layers: Mapping[str, SVFLinear]) -> list[tuple[str, ...]]:
+    """Make groups of neighbours that get the same x; returns their names."""
+    made = []
+    for names in sharing(layers):
+        members = [layers[name] for name in names]
+        widths = {(m.in_features, m._Vh.dtype, m._Vh.device) for m in members}
+        plain = all(type(m) is SVFLinear and m.full_rank for m in members)
+        if plain and len(widths) == 1 and len(members) <= MAX_MEMBERS:
+            Group(names, members)
+            made.append(names)
+    return made
 
 
 def _quantize_layer(name: str, layer: SVFLinear, kind: str) -> None:

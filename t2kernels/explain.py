@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .nn.group import Group
 from .nn.linear import SVFLinear
 from .ops import dispatch
 from .quantized import QuantizedFactors
@@ -67,6 +68,20 @@ def explain(layer: SVFLinear, x: Tensor) -> Explanation:
         why += f"; {layer.rank} components ride on the {layer.quantized_base or 'stored weight'}"
     if isinstance(f, QuantizedFactors):
         why += f"; U and V are held in {f.kind}"
-    return Explanation(
-        "delta" if delta else "factorised", choice.module.NAME, f"{why}; {choice.why}"
-    )
+    why = f"{why}; {choice.why}"
+    if layer._group is not None and state in ("uniform", "rows") and not delta:
+        why += "; " + _company(layer._group[0], layer._group[1], choice.module.NAME, x2.shape[0])
+    return Explanation("delta" if delta else "factorised", choice.module.NAME, why)
+
+
+def _company(group: Group, index: int, backend: str, tokens: int) -> str:
+    """Whether the members of the layer's group are computed in the same call."""
+    others = " and ".join(n.rpartition(".")[2] for i, n in enumerate(group.names) if i != index)
+    limit = dispatch.GROUP_TOKENS.get(backend, 0)
+    if not group.shares:
+        return f"computed apart from {others}, which were called with another x"
+    if not limit:
+        return f"computed apart from {others}: {backend} does not gain by one call"
+    if tokens > limit:
+        return f"computed apart from {others}: {tokens} tokens, one call is for at most {limit}"
+    return f"without gradients one call with {others}, where they get the same x"

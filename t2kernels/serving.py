@@ -119,6 +119,7 @@ class Slots:
             with self._order.writing(self.arena.device):
                 self._mixer.write_alpha(self.arena[slot : slot + 1], alpha, mixture)
             self._admitted.add(slot)
+            self._note_writing()
 
     def admit_all(self, routings: Mapping[int, Mixture], *, mixture: str = "deviation") -> None:
         """Write one mixture into each of several slots, {slot: routing}: with
@@ -143,6 +144,7 @@ class Slots:
                         requests=places, rows=sent(places, torch.int32, self.arena.device),
                     )  # fmt: skip
             self._admitted.update(slots)
+            self._note_writing()
 
     def release(self, slot: int) -> None:
         """Free a slot. Its values are gone at once; no row may be assigned to it."""
@@ -158,6 +160,7 @@ class Slots:
             with torch.inference_mode(False), self._order.writing(self.arena.device):
                 self.arena[slot].fill_(float("nan"))
             self._admitted.discard(slot)
+            self._note_writing()
 
     def assign(self, slots: Sequence[int | None]) -> None:
         """Say which slot each row of the batch uses; None or -1 is the base, as are rows beyond.
@@ -235,6 +238,11 @@ class Slots:
             return self._plans[batch]
 
     # -- helpers -------------------------------------------------------------------------------
+
+    def _note_writing(self) -> None:
+        """A result that a layer keeps for its neighbour is none of the new mixture."""
+        for plan in self._plans.values():
+            plan.written += 1
 
     def _alpha(self, alpha: Tensor, mixture: str) -> Tensor:
         """(1, K) or (1, L, K) fp32 on the device, checked."""

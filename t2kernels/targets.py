@@ -23,6 +23,7 @@ __all__ = [
     "match",
     "normalise",
     "same_layer",
+    "sharing",
     "unmatched",
 ]
 
@@ -56,6 +57,12 @@ _ATTENTION_LEAVES = {
     "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query", "key", "value",
     "query_key_value", "qkv", "wqkv", "wq", "wk", "wv", "q_lin", "k_lin", "v_lin", "out_lin",
 }  # fmt: skip
+# Layers of one parent that a model calls with one and the same x, by what they are called.
+_SHARED_INPUT = (
+    {"q_proj", "k_proj", "v_proj"}, {"query", "key", "value"}, {"q", "k", "v"},
+    {"wq", "wk", "wv"}, {"q_lin", "k_lin", "v_lin"}, {"query_proj", "key_proj", "value_proj"},
+    {"to_q", "to_k", "to_v"}, {"gate_proj", "up_proj"}, {"w1", "w3"}, {"wi_0", "wi_1"},
+)  # fmt: skip
 # The module types of transformers whose blocks use Conv1D, with the layers that are one.
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 _CONV1D_LEAVES = {"c_attn", "c_proj", "c_fc", "q_attn"}
@@ -90,6 +97,26 @@ def classify(name: str) -> str:
     if leaf in _MLP_LEAVES or (parts[-2:] == ["output", "dense"] and len(parts) > 2):
         return "mlp"
     return "attention" if leaf in _ATTENTION_LEAVES else "other"
+
+
+def sharing(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Neighbours among ``names`` whose layers get the same x, as far as names tell.
+
+    >>> sharing(["0.attn.q_proj", "0.attn.k_proj", "0.attn.o_proj", "0.mlp.wi_0", "1.mlp.wi_1"])
+    [('0.attn.q_proj', '0.attn.k_proj')]
+    """
+    runs: list[list[str]] = []
+    last: tuple[str, int] | None = None
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        family = next((i for i, f in enumerate(_SHARED_INPUT) if leaf in f), None)
+        kin = None if family is None else (parent, family)
+        if kin is not None and kin == last:
+            runs[-1].append(name)
+        elif kin is not None:
+            runs.append([name])
+        last = kin
+    return [tuple(run) for run in runs if len(run) > 1]
 
 
 def match(name: str, targets: Targets = "all-linear", exclude: Targets | None = None) -> bool:

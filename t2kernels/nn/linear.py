@@ -16,6 +16,7 @@ from ..ops.functional import dense, layout, run, run_delta, under_autocast
 from ..quantized import QuantizedFactors, dequantize
 from ..svd import SVDFactors, check_factors, decompose, fingerprint, reconstruct
 from . import merging
+from .group import Group
 from .quantized_layers import quantized_kind
 from .routing import Route
 from .settled import Settled, Watch, settle
@@ -116,6 +117,7 @@ class SVFLinear(nn.Module):
         self._rests_when_compiled = True
         self._route: tuple[Route, int, int] | None = None  # (route, layer index, arena offset)
         self._settled: Settled | None = None  # what the last call leaves to the next
+        self._group: tuple[Group, int] | None = None  # layers that get the same x, place among them
 
     @classmethod
     @torch.inference_mode(mode=False)  # inference tensors could never be trained on

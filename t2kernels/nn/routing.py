@@ -54,10 +54,13 @@ class Plan:
     mixture: str = "deviation"
     stored_base_rows: bool = False
     ran: bool = False  # a forward was made under this plan
+    written: int = 0  # how often arena or rows were written to after it was made
     _cache: dict[int, Tensor] = field(default_factory=dict)
+    _columns: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def refresh(self) -> None:
         """Follow ``rows``, which were written in place, at the addresses that are in use."""
+        self.written += 1
         if self.rows is not None:
             for times, slots in self._cache.items():
                 if times > 1:  # one row per request is ``rows`` itself
@@ -70,11 +73,20 @@ class Plan:
             alpha = self.alpha if self.alpha.dim() == 2 else self.alpha[:, index]
             d = S * mix(self.experts[:, offset : offset + r], alpha, self.mixture, S)
             return d[0] if self.form == "uniform" else d
+        return self.columns(offset, r)
+
+    def columns(self, offset: int, r: int) -> Tensor:
+        """``arena[:, offset : offset + r]``, of its first slot alone when uniform."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and (offset, r) in self._columns:
+            return self._columns[offset, r]
         if self.arena is None:
             raise RuntimeError(f"a plan of form {self.form!r} has no diagonals")
-        if self.form == "uniform":
-            return self.arena[0, offset : offset + r]
-        return self.arena[:, offset : offset + r]
+        arena = self.arena[0] if self.form == "uniform" else self.arena
+        columns = arena[..., offset : offset + r]
+        if not compiling:
+            self._columns[offset, r] = columns
+        return columns
 
     def token_slots(self, x: Tensor, batch: Tensor | None) -> Tensor:
         """The slot (tokens,) of every token of x (..., n), flattened.

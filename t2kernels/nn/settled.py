@@ -25,6 +25,7 @@ from ..ops import dispatch
 from ..ops.functional import unobserved
 from ..ops.host import same_bytes
 from ..ops.prepared import Prepared, prepare
+from .group import Member
 
 if TYPE_CHECKING:
     from .linear import SVFLinear
@@ -60,7 +61,7 @@ class Settled:
     """The outcome of one call of a layer; see above. Made by ``settle``."""
 
     __slots__ = (
-        "_U", "_batch", "_bias", "_d", "_offset", "_plan", "_product", "_rows", "_shape", "_sigma",
+        "_U", "_batch", "_bias", "_d", "_place", "_plan", "_product", "_rows", "_shape", "_sigma",
         "_slot", "_z",
     )  # fmt: skip
 
@@ -68,16 +69,16 @@ class Settled:
         self,
         layer: SVFLinear,
         plan: Plan | None,
-        product: Prepared | None = None,
+        product: Prepared | Member | None = None,
         d: Tensor | None = None,
         rows: bool = False,
     ) -> None:
         """product: None where the stored weight is used as it is; d: its diagonal."""
         # A bank that is dropped takes its plans and its arena along.
         self._plan = None if plan is None else weakref.ref(plan)
-        self._d, self._offset = d, 0
-        if plan is not None and plan.arena is not None and d is not None and d is not layer._S:
-            self._d, self._offset = None, d.data_ptr() - plan.arena.data_ptr()
+        in_arena = plan is not None and d is not None and d is not layer._S
+        self._d = None if in_arena else d
+        self._place = (layer._route[2], layer.rank) if in_arena and layer._route else (0, 0)
         self._product, self._rows = product, rows
         self._U, self._bias = layer._U, layer._parameters["bias"]
         self._z: Any = layer._z_seen  # a Watch where the layer's own z decides
@@ -91,11 +92,7 @@ class Settled:
         held = layer.__dict__
         route, parameters = held["_route"], held["_parameters"]
         plan: Any = None if route is None else route[0].plan
-        if (
-            held["_base_copy"] is not None
-            or held["_U"] is not self._U
-            or parameters["bias"] is not self._bias
-        ):
+        if held["_merged"] or held["_U"] is not self._U or parameters["bias"] is not self._bias:
             return None
         if plan is None:
             if self._plan is not None or not self._own_holds(parameters["z"], held["_S"]):
@@ -107,9 +104,16 @@ class Settled:
             if weight is None or dispatch.switches.batch_invariant:
                 return None
             return F.linear(x, weight, self._bias)
-        d = plan.arena if self._d is None else self._d
+        d = plan.columns(*self._place) if self._d is None else self._d
         slot = self._slots(x, plan, route[0].batch) if self._rows else None
-        return self._product(x, slot, d.data_ptr() + self._offset)
+        return self._product(x, slot, d)
+
+    def alone(self, plan: Plan) -> Prepared | None:
+        """The product of the layer by itself under this plan, for a member of a group."""
+        member = self._product
+        if type(member) is not Member or self._plan is None or self._plan() is not plan:
+            return None
+        return member.alone
 
     def _own_holds(self, z: Tensor, S: Tensor) -> bool:
         """Whether the layer's own z, which decides without a plan, is as it was."""
@@ -140,7 +144,13 @@ def settle(
     if plan is not None and plan.alpha is not None:  # d is computed at every call
         return None
     d = layer._S if d is None else d
-    product = prepare(
-        layer._dtype, layer._U, layer._Vh, d, layer._S, slot, layer.bias, layer._scale
-    )
-    return None if product is None else Settled(layer, plan, product, d, slot is not None)
+    alone = prepare(layer._dtype, layer._U, layer._Vh, d, layer._S, slot, layer.bias, layer._scale)
+    if alone is None:
+        return None
+    product: Prepared | Member = alone
+    if layer._group is not None:
+        layer._group[0].renew()
+        shares = dispatch.GROUP_TOKENS.get(alone.module.NAME, 0) > 0 and d is not layer._S
+        if plan is not None and shares:
+            product = Member(*layer._group, plan, alone)
+    return Settled(layer, plan, product, d, slot is not None)

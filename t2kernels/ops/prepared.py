@@ -9,6 +9,8 @@ call (autograd, a mode, a transform, a tracer, autocast), it returns None: the o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,131 @@ _threads = torch.get_num_threads
 _switches = dispatch.switches
 
 
+class Prepared:
+    """y (..., m) = ((x·V)⊙d)·Uᵀ + b for x (..., n); made by ``prepare`` for one backend.
+
+    Args:
+        dtype: that of x.
+        U (m, r), Vh (r, n), d, base (r,), bias, scale: as for ``library.product``.
+        limit: the most tokens that the backend's own kernel takes.
+    """
+
+    __slots__ = (
+        "_U", "_Vh", "_addresses", "_base", "_bias", "_dtype", "_environment", "_limit", "_on_cpu",
+        "_scale", "_shapes", "invariant", "module", "named",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        module: Any,
+        dtype: torch.dtype,
+        U: Tensor,
+        Vh: Tensor,
+        base: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        limit: int,
+    ) -> None:
+        self._U, self._Vh, self._base, self._bias, self._scale = U, Vh, base, bias, scale
+        self.module, self._dtype, self._limit = module, dtype, limit
+        self._on_cpu = U.is_cpu
+        self.named, self.invariant = _switches.backend, _switches.batch_invariant
+        self._environment = environment("T2_BACKEND")
+        self._shapes: dict[torch.Size, tuple[int, tuple[int, ...]]] = {}
+        self._addresses = self._where()
+
+    def _where(self) -> tuple[int, int, int, int]:
+        bias = self._bias
+        return (
+            self._U.data_ptr(), self._Vh.data_ptr(), self._base.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+        )  # fmt: skip
+
+    def still(self) -> bool:
+        """Whether the factors, σ and the bias lie where they lay."""
+        return self._where() == self._addresses
+
+    def accepts(self, x: Tensor) -> tuple[int, tuple[int, ...]] | None:
+        """(tokens, shape of y) where nobody watches, no switch was thrown and x fits."""
+        if (
+            _grad()
+            or type(x) is not Tensor
+            or x.dtype is not self._dtype
+            or x.is_cpu is not self._on_cpu
+            or _modes()
+            or _transforms() is not None
+            or _autocast()
+            or _tracing()
+            or _switches.backend != self.named
+            or _switches.batch_invariant is not self.invariant
+            or (self.named is None and environment("T2_BACKEND") != self._environment)
+        ):
+            return None
+        return self._shapes.get(x.shape) or self._look(x)
+
+    def _look(self, x: Tensor) -> tuple[int, tuple[int, ...]] | None:
+        """``accepts`` for a shape that was not met before."""
+        if x.dim() == 0 or x.shape[-1] != self._Vh.shape[1] or x.device != self._U.device:
+            return None
+        tokens = x.shape[:-1].numel()
+        if not 0 < tokens <= self._limit:
+            return None
+        if len(self._shapes) == _SHAPES:
+            self._shapes.clear()
+        known = self._shapes[x.shape] = tokens, (*x.shape[:-1], self._U.shape[0])
+        return known
+
+    def run(
+        self, tokens: int, shape: tuple[int, ...], x: Tensor, slot: Tensor | None, d: Tensor
+    ) -> Tensor | None:
+        """y of a call that ``accepts`` took, or None where a tensor has moved.
+
+        slot: None or (tokens,), d: (r,) or (slots, r), as ``prepare`` had them.
+        """
+        if not self.still():
+            return None
+        x2 = x.reshape(-1, self._Vh.shape[1])
+        y, _ = self.module.forward(
+            x2, self._U, self._Vh.t(), d, self._base, slot, self._bias, self._scale,
+            batch_invariant=self.invariant,
+        )  # fmt: skip
+        return y.view(shape)  # type: ignore[no-any-return]
+
+    def __call__(self, x: Tensor, slot: Tensor | None, d: Tensor) -> Tensor | None:
+        known = self.accepts(x)
+        return None if known is None else self.run(*known, x, slot, d)
+
+
+class PreparedNative(Prepared):
+    """By the CPU's kernels: all numbers but a few are kept where C++ finds them."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, *args: Any, d: Tensor, rows: bool) -> None:
+        super().__init__(native, *args)
+        (m, r), n = self._U.shape, self._Vh.shape[1]
+        U, Vh, base, bias = self._addresses
+        self._call = _native.prepared_forward(
+            U, Vh, d.data_ptr(), d.stride(0), d.shape[0] if rows else 1, base, bias,
+            0 if self._scale is None else self._scale.data_ptr(), n, r, m,
+            TYPE_CODES[self._dtype], TYPE_CODES[self._U.dtype],
+        )  # fmt: skip
+
+    def run(
+        self, tokens: int, shape: tuple[int, ...], x: Tensor, slot: Tensor | None, d: Tensor
+    ) -> Tensor | None:
+        if not x.is_contiguous():
+            x = x.contiguous()
+        bias = self._bias
+        y = x.new_empty(*shape)
+        ran = self._call(
+            x.data_ptr(), y.data_ptr(), tokens, 0 if slot is None else slot.data_ptr(),
+            self._U.data_ptr(), self._Vh.data_ptr(), d.data_ptr(), self._base.data_ptr(),
+            0 if bias is None else bias.data_ptr(), _threads(),
+        )  # fmt: skip
+        return y if ran else None
+
+
 def prepare(
     dtype: torch.dtype,
     U: Tensor,
@@ -45,89 +172,14 @@ def prepare(
         dtype: that of x, which the call need not have yet.
         U (m, r), Vh (r, n), d, base (r,), slot, bias, scale: as for ``library.product``.
     """
-    if _native is None or U.device.type != "cpu" or not U.numel():
+    if U.device.type not in ("cpu", "cuda") or not U.numel():
         return None
     x = torch.empty((1, Vh.shape[1]), dtype=dtype, device=U.device)
-    if dispatch.choose(x, U, Vh.t(), d, base, slot, bias, scale).module is not native:
-        return None
-    return Prepared(dtype, U, Vh, d, base, bias, scale, slot is not None)
-
-
-class Prepared:
-    """y (..., m) = ((x·V)⊙d)·Uᵀ + b for x (..., n), by the CPU's kernels; see ``prepare``."""
-
-    __slots__ = (
-        "_U", "_Vh", "_base", "_bias", "_dtype", "_environment", "_invariant", "_limit", "_named",
-        "_run", "_scale", "_shapes", "_width",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        dtype: torch.dtype,
-        U: Tensor,
-        Vh: Tensor,
-        d: Tensor,
-        base: Tensor,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        rows: bool,
-    ) -> None:
-        (m, r), n = U.shape, Vh.shape[1]
-        self._U, self._Vh, self._base, self._bias, self._scale = U, Vh, base, bias, scale
-        self._dtype, self._width = dtype, m
-        self._named, self._invariant = _switches.backend, _switches.batch_invariant
-        self._environment = environment("T2_BACKEND")
-        self._limit = native.decode_tokens(dtype, U.dtype, self._invariant)
-        self._shapes: dict[torch.Size, tuple[int, tuple[int, ...]]] = {}
-        self._run = _native.prepared_forward(
-            U.data_ptr(), Vh.data_ptr(), d.data_ptr(), d.stride(0), d.shape[0] if rows else 1,
-            base.data_ptr(), 0 if bias is None else bias.data_ptr(),
-            0 if scale is None else scale.data_ptr(), n, r, m, TYPE_CODES[dtype],
-            TYPE_CODES[U.dtype],
-        )  # fmt: skip
-
-    def __call__(self, x: Tensor, slot: Tensor | None, d: int) -> Tensor | None:
-        """y, or None where the ordinary path has to decide.
-
-        slot: None or (tokens,), as ``prepare`` had it. d: the address of the diagonals now.
-        """
-        if (
-            _grad()
-            or type(x) is not Tensor
-            or x.dtype is not self._dtype
-            or not x.is_cpu
-            or _modes()
-            or _transforms() is not None
-            or _autocast()
-            or _tracing()
-            or _switches.backend != self._named
-            or _switches.batch_invariant is not self._invariant
-            or (self._named is None and environment("T2_BACKEND") != self._environment)
-        ):
-            return None
-        known = self._shapes.get(x.shape) or self._look(x)
-        if known is None:
-            return None
-        tokens, shape = known
-        if not x.is_contiguous():
-            x = x.contiguous()
-        bias = self._bias
-        y = x.new_empty(*shape)
-        ran = self._run(
-            x.data_ptr(), y.data_ptr(), tokens, 0 if slot is None else slot.data_ptr(),
-            self._U.data_ptr(), self._Vh.data_ptr(), d, self._base.data_ptr(),
-            0 if bias is None else bias.data_ptr(), _threads(),
-        )  # fmt: skip
-        return y if ran else None
-
-    def _look(self, x: Tensor) -> tuple[int, tuple[int, ...]] | None:
-        """(tokens, shape of y) of a shape that was not met before, if the kernel is for it."""
-        if x.dim() == 0 or x.shape[-1] != self._Vh.shape[1] or x.device != self._U.device:
-            return None
-        tokens = x.shape[:-1].numel()
-        if not 0 < tokens <= self._limit:
-            return None
-        if len(self._shapes) == _SHAPES:
-            self._shapes.clear()
-        known = self._shapes[x.shape] = tokens, (*x.shape[:-1], self._width)
-        return known
+    module = dispatch.choose(x, U, Vh.t(), d, base, slot, bias, scale).module
+    args = dtype, U, Vh, base, bias, scale
+    if module is native:
+        limit = native.decode_tokens(dtype, U.dtype, _switches.batch_invariant)
+        return PreparedNative(*args, limit, d=d, rows=slot is not None)
+    if module.NAME == "cuda":
+        return Prepared(module, *args, module.MAX_TOKENS)
+    return None

@@ -112,9 +112,10 @@ def test_the_same_routing_with_another_expert_of_that_name():
             assert not torch.equal(model(X), first)
 
 
-def test_a_merge_decides():
+@pytest.mark.parametrize("keep_weight", [True, False])
+def test_a_merge_decides(keep_weight):
     for before in (None, own):
-        model, bank = build()
+        model, bank = build(keep_weight=keep_weight)
         if before:
             before(model)
         with torch.no_grad():
