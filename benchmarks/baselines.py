@@ -44,7 +44,7 @@ def _three_op(b: Basis) -> Iterator[Contestant]:
     for slots in (1, b.many):
         call, formula = _three_op_call(b, three_op, slots), partial(b.truth.svf, slots)
         yield b.contestant("three-op", slots, call, formula, b.svf_cost(slots, width))
-        if slots == 1 and b.x.is_cuda:  # what Python's launches cost
+        if slots == 1 and b.on_gpu:  # what Python's launches cost
             cost = b.svf_cost(slots, width)
             yield b.contestant("three-op eager", slots, call, formula, cost, capture=False)
 

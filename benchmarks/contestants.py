@@ -32,7 +32,7 @@ class LineUp(Basis):
         yield from baselines(self)
         for slots in self.slots():
             yield self._svf("ours", slots, nullcontext)
-        if self.T <= MANY_TOKENS or self.x.is_cuda:
+        if self.T <= MANY_TOKENS or self.on_gpu:
             yield from self._by_backend()
         if self.T <= DECODE_TOKENS:
             if self.options.forms:

@@ -103,6 +103,7 @@ class Basis:
         self.truth = Truth(layer, self.x)
         self.d16 = layer.D.to(self.x.dtype)  # torch's forms get the diagonal in x's dtype
         self.many = layer.slots[-1]
+        self.on_gpu = layer.device.type == "cuda"
 
     # Costs: (bytes, flops), the least that a form needs. Activations in and out count once.
 

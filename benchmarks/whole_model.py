@@ -103,7 +103,7 @@ class Stage:
 
     def run(self, model: Any = None) -> Tensor:
         """The last position's logits (requests, vocabulary)."""
-        logits: Tensor = (model or self.model)(
+        logits: Tensor = (self.model if model is None else model)(
             input_ids=self.ids[:, self.start :], position_ids=self.position_ids,
             attention_mask=self.mask, past_key_values=self.cache, use_cache=True, logits_to_keep=1,
         ).logits  # fmt: skip
