@@ -6,8 +6,9 @@
 
 Random weights with known orthonormal factors (`llama.py`) run through transformers with a static
 cache: one decode step and one prefill of 1 to 64 requests. On a GPU a step is one graph; what
-says "eager" is launched from Python, what says "compiled" went through torch.compile. The dense
-model stands beside in each setting. Before anything is timed, the same configuration with few
+says "eager" is launched from Python, what says "compiled" went through torch.compile, and "served"
+is a call of `t2kernels.StepGraphs` with all that it does. The dense model stands beside in each
+setting, for "served" as a bare graph. Before anything is timed, the same configuration with few
 layers is compared with W' rebuilt for single requests (fp32; fp64 on a CPU): an error above twice
 that of the same model on plain torch operations is refused.
 """
@@ -53,6 +54,7 @@ from t2kernels.testing import relative_error
 FACTORS = ("bf16", *t2k.FACTOR_KINDS)
 TARGETS = ("all-linear", "mlp")
 GPU_BACKENDS = ("cuda", "triton")
+SERVED = "served"  # through t2kernels.StepGraphs, its copies and its Python included
 _GATE_LAYERS = 2
 
 
@@ -70,6 +72,8 @@ def forms_of(args: argparse.Namespace, stage: str) -> Iterator[Form]:
             for kind in args.factors:
                 for backend in backends_of(args, stage):
                     yield Form(targets, kind, backend, setting)
+                    if (setting, stage) == ("graph", "decode"):
+                        yield Form(targets, kind, backend, SERVED)
 
 
 def backends_of(args: argparse.Namespace, stage: str) -> tuple[str | None, ...]:
@@ -123,16 +127,25 @@ def _open(
     model = models.dense
     if form.targets is not None:
         bank = models.bank(form.targets, form.factors)
-        stack.enter_context(routed(bank, llama.mixtures(bank, requests)))
+        slots = stack.enter_context(routed(bank, llama.mixtures(bank, requests)))
         model = bank.model
     stage = Stage(model, requests, start, new)
+    if form.targets is not None:
+        stage.slots = slots
     stage.fill()
     return stage
 
 
 def _contestant(form: Form, requests: int, stage: Stage) -> Contestant:
-    model = torch.compile(stage.model) if form.setting == "compiled" else stage.model
     context: Callable[[], AbstractContextManager[object]] = partial(within, form.backend, stage)
+    if form.setting == SERVED:
+        with context():
+            graphs = stage.graphs()
+        return Contestant(
+            form.name, requests, lambda i: graphs(**stage.inputs), _no_formula, 0, 0, context,
+            capture=False,
+        )  # fmt: skip
+    model = torch.compile(stage.model) if form.setting == "compiled" else stage.model
     return Contestant(
         form.name, requests, lambda i: stage.run(model), _no_formula, 0, 0, context,
         capture=form.setting != "eager",
@@ -153,9 +166,10 @@ def _add_times(
         row.update(ms=own.median * 1e3, p20_ms=own.quantile(0.2) * 1e3)
         row.update(p80_ms=own.quantile(0.8) * 1e3, timing=own.timing, repetitions=len(own.seconds))
         row["tokens_per_second"] = tokens / own.median
-        dense = place.get(("dense", row["setting"]))
+        served = row["setting"] == SERVED  # its own Python counts, the dense graph has none
+        dense = place.get(("dense", "graph" if served else row["setting"]))
         # What could not be captured is not compared with what was.
-        if dense is not None and samples[dense].timing == own.timing:
+        if dense is not None and (served or samples[dense].timing == own.timing):
             value, low, high = ratio(samples[dense], own)
             row["of_dense"], row["interval_of_dense"] = value, (low, high)
     for row in rows:

@@ -67,6 +67,7 @@ class Stage:
     def __init__(self, model: Any, requests: int, start: int, new: int) -> None:
         config, device = model.config, model.device
         self.model, self.start = model, start
+        self.slots: t2k.Slots | None = None
         length = -(-(start + new + SLACK) // 64) * 64  # a mask of another length would be copied
         self.cache = StaticCache(config=config, max_cache_len=length)
         head = config.hidden_size // config.num_attention_heads
@@ -101,13 +102,28 @@ class Stage:
             past_key_values=self.cache, use_cache=True, logits_to_keep=1,
         )  # fmt: skip
 
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What changes from one call to the next."""
+        return {"input_ids": self.ids[:, self.start :], "position_ids": self.position_ids}
+
     def run(self, model: Any = None) -> Tensor:
         """The last position's logits (requests, vocabulary)."""
+        return self.step(model, **self.inputs)
+
+    def step(self, model: Any = None, **inputs: Tensor) -> Tensor:
+        """The same for other inputs of the same shape."""
         logits: Tensor = (self.model if model is None else model)(
-            input_ids=self.ids[:, self.start :], position_ids=self.position_ids,
-            attention_mask=self.mask, past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+            **inputs, attention_mask=self.mask, past_key_values=self.cache, use_cache=True,
+            logits_to_keep=1,
         ).logits  # fmt: skip
         return logits[:, -1]
+
+    def graphs(self) -> t2k.StepGraphs:
+        """The stage as a server has it: a call copies its inputs and replays a graph."""
+        if self.slots is None:
+            raise RuntimeError("the dense model has no slots to serve from")
+        return t2k.StepGraphs(self.step, self.inputs, batches=(len(self.ids),), slots=self.slots)
 
 
 @contextmanager
@@ -135,7 +151,7 @@ def truth(
 
 
 @contextmanager
-def routed(bank: t2k.ExpertBank, wanted: list[dict[str, float]]) -> Iterator[None]:
+def routed(bank: t2k.ExpertBank, wanted: list[dict[str, float]]) -> Iterator[t2k.Slots]:
     """Every request's mixture in a slot of its own, as a server has them; a captured step reads
     the slots at addresses that stay."""
     slots = bank.slots(len(wanted), batch=len(wanted))
@@ -143,7 +159,7 @@ def routed(bank: t2k.ExpertBank, wanted: list[dict[str, float]]) -> Iterator[Non
         slots.admit(slot, mixture)
     slots.assign(list(range(len(wanted))))
     with slots.use():
-        yield
+        yield slots
 
 
 def truth_rows(requests: int) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@ is captured and what is not. The GPU is a fake; times are not looked at."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
 import bench_model
@@ -128,7 +128,7 @@ def test_a_model_runs_in_every_setting_of_a_gpu() -> None:
     argv = ["--device", "cuda", "--eager", "--compile", "--factors", "bf16", "int8"]
     args = bench_model.build_parser().parse_args(argv)
     decode = list(bench_model.forms_of(args, "decode"))
-    assert {f.setting for f in decode} == {"graph", "eager", "compiled"}
+    assert {f.setting for f in decode} == {"graph", "served", "eager", "compiled"}
     assert sum(f.targets is None for f in decode) == 3  # dense beside ours in each of them
     assert {f.backend for f in decode} == {None, "cuda", "triton"}
     prefill = [f.backend for f in bench_model.forms_of(args, "prefill") if f.targets]
@@ -145,3 +145,43 @@ def test_a_backend_that_cannot_run_the_model_is_absent_with_its_reason(monkeypat
     found = {row["name"]: row for row in rows}
     assert found["mlp bf16 torch"]["of_dense"] > 0 and "ms" not in found["mlp bf16 cuda"]
     assert "'cuda' was asked for" in found["mlp bf16 cuda"]["absent"]
+
+
+def test_a_served_step_is_the_stage_itself(monkeypatch) -> None:
+    """`StepGraphs` gets the slots that the stage is open in, and its step computes the stage."""
+    made = []
+
+    class Graphs:
+        def __init__(self, step, inputs, *, batches, slots) -> None:
+            made.append((set(inputs), batches, slots.assigned))
+            self.step = step
+
+        def __call__(self, **inputs: torch.Tensor) -> torch.Tensor:
+            return self.step(**inputs)
+
+    monkeypatch.setattr(bench_model.t2k, "StepGraphs", Graphs)
+    form = bench_model.Form("mlp", setting=bench_model.SERVED)
+    with torch.inference_mode(), ExitStack() as stack:
+        models = bench_model.Models(bench_model.llama.QUICK, CPU, 128)
+        stage = bench_model._open(stack, models, form, 2, 4, 1)
+        one = bench_model._contestant(form, 2, stage)
+        found = []
+        for call in (one.call, lambda i: stage.run()):
+            with one.context():
+                found.append(call(0))
+    assert made == [({"input_ids", "position_ids"}, (2,), [0, 1])] and not one.capture
+    assert torch.equal(*found)
+
+
+def test_what_is_served_stands_beside_the_dense_graph() -> None:
+    settings = (("dense", "graph"), ("ours", bench_model.SERVED), ("ours", "eager"))
+    rows = [
+        {"name": name, "setting": setting, "stage": "decode", "requests": 1, "error": 0.0}
+        for name, setting in settings
+    ]
+    samples = {
+        0: harness.Samples([1.0] * 5, "graph"), 1: harness.Samples([2.0] * 5, "eager"),
+        2: harness.Samples([3.0] * 5, "eager"),
+    }  # fmt: skip
+    bench_model._add_times(rows, [(row, None) for row in rows], samples, 1)
+    assert [row.get("of_dense") for row in rows] == [1.0, 0.5, None]
