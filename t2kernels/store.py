@@ -12,11 +12,14 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import Checkpoint, Weight
@@ -32,7 +35,7 @@ from .files import (
     save_tensors,
     write_json,
 )
-from .svd import accuracy, decompose_and_tell, fingerprint
+from .svd import SVDFactors, accuracy, decompose_and_tell, fingerprint
 from .targets import Targets, listed
 
 __all__ = ["FactorStore", "decompose_checkpoint"]
@@ -65,8 +68,8 @@ def decompose_checkpoint(
 
     Run it again after a kill: finished weights are kept if the settings and their fingerprints
     agree. A run with other ``targets`` adds to the folder, so that a large checkpoint can be done
-    in parts; nothing is removed. In memory are at most one weight, its factors and the workspace
-    of its SVD (fp32: about 7 copies of the weight in fp32, fp64 and "gram" twice that). The
+    in parts; nothing is removed. In memory are at most two weights, their factors and the workspace
+    of one SVD (fp32: about 7 copies of the weight in fp32, fp64 and "gram" twice that). The
     manifest says of every weight what made it and how accurate it is.
 
     Args:
@@ -132,13 +135,28 @@ def decompose_checkpoint(
             "complete": not pending,
         }
         write_json(folder / MANIFEST, manifest)
-        for weight in _with_bar(pending, len(weights), progress):
-            entries[weight.name] = _decompose_one(
-                folder, weight, rank, dtype, precision, device, method
-            )
+        waiting: tuple[str, Future[dict[str, Any]]] | None = None
+
+        def record() -> None:
+            """What the writer was given last, into the manifest."""
+            nonlocal waiting
+            if waiting is None:
+                return
+            (name, written), waiting = waiting, None
+            entries[name] = written.result()
             manifest["weights"] = {name: entries[name] for name in order if name in entries}
             manifest["complete"] = len(manifest["weights"]) == len(order)
             write_json(folder / MANIFEST, manifest)
+
+        # Hashes and the disk take as long as a GPU: one weight is written while the next is made.
+        with ThreadPoolExecutor(1, thread_name_prefix="factors") as writer:
+            try:
+                for weight in _with_bar(pending, len(weights), progress):
+                    write = _decompose_one(folder, weight, rank, dtype, precision, device, method)
+                    record()
+                    waiting = weight.name, writer.submit(write)
+            finally:
+                record()
     store = FactorStore(folder)
     store.made = tuple(weight.name for weight in pending)
     return store
@@ -152,8 +170,8 @@ def _decompose_one(
     precision: str,
     device: str | torch.device,
     method: str | None,
-) -> dict[str, Any]:
-    """Factors of one weight on the disk; returns its entry in the manifest."""
+) -> Callable[[], dict[str, Any]]:
+    """The factors of one weight; what is returned writes them and gives their manifest entry."""
     start = time.perf_counter()
     values = weight.read()
     stored = _DTYPES[weight.dtype] if dtype is None else dtype
@@ -171,17 +189,12 @@ def _decompose_one(
     if stored != full:
         factors = factors.to(dtype=stored)
         relative_error_stored = accuracy(values, factors, precision=measured).relative_error
-    mark = fingerprint(values)
-    file = f"{weight.name}.safetensors"
-    metadata = {"kind": FILE_KIND, "version": VERSION, "name": weight.name, "fingerprint": mark}
-    tensors = {"U": factors.U, "S": factors.S, "Vh": factors.V.t()}
-    save_tensors(folder / file, tensors, metadata, digest=False)  # the manifest has one
-    return {
+    factors = factors.to("cpu")
+    made = {
         "shape": list(weight.shape),
         "rank": factors.rank,
         "dtype": _dtype_name(stored),
         "transposed": weight.transposed,
-        "fingerprint": mark,
         "method": how,
         # The first result missed its bounds.
         "repeated": how == "svd fp64" and full == torch.float32 and precision == "fp32",
@@ -192,6 +205,22 @@ def _decompose_one(
             "orthogonality_v": reached.orthogonality_v,
         },
         "seconds": round(time.perf_counter() - start, 3),
+    }
+    return partial(_write_one, folder, weight.name, values, factors, made)
+
+
+def _write_one(
+    folder: Path, name: str, values: Tensor, factors: SVDFactors, made: dict[str, Any]
+) -> dict[str, Any]:
+    """Factors of one weight on the disk; returns its entry in the manifest."""
+    mark = fingerprint(values)
+    file = f"{name}.safetensors"
+    metadata = {"kind": FILE_KIND, "version": VERSION, "name": name, "fingerprint": mark}
+    tensors = {"U": factors.U, "S": factors.S, "Vh": factors.V.t()}
+    save_tensors(folder / file, tensors, metadata, digest=False)  # the manifest has one
+    return {
+        **made,
+        "fingerprint": mark,
         "file": file,
         "bytes": (folder / file).stat().st_size,
         "sha256": file_sha256(folder / file),

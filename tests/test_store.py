@@ -272,6 +272,33 @@ def test_kill_and_resume(
         assert resumed.info(name) == entry
 
 
+def test_what_is_computed_is_kept_when_the_next_weight_fails(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight is written while the next is made: an error in that one must not lose the first."""
+    inner, calls = store_module._decompose_one, []
+
+    def third_fails(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return inner(*arguments)
+
+    monkeypatch.setattr(store_module, "_decompose_one", third_fails)
+    with pytest.raises(KeyboardInterrupt):
+        decompose_checkpoint(source, tmp_path / "out", device="cpu")
+    assert len(FactorStore(tmp_path / "out", partial=True)) == 2
+
+    def full(*arguments: Any) -> Any:
+        raise SaveError("no room")
+
+    monkeypatch.setattr(store_module, "_decompose_one", inner)
+    with monkeypatch.context() as patch, pytest.raises(SaveError, match="no room"):
+        patch.setattr(store_module, "_write_one", full)
+        decompose_checkpoint(source, tmp_path / "out", device="cpu")
+    assert len(decompose_checkpoint(source, tmp_path / "out", device="cpu")) == 6
+
+
 def test_finished_weights_are_checked_on_resume(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     store = decompose_checkpoint(source, out, device="cpu")
