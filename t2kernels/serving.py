@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from threading import RLock
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from .diagonal import MIXTURES
 from .mixtures import Mixture, check_defined
 from .nn.routing import Plan
-from .streams import StreamOrder, sent
+from .streams import OwnLock, StreamOrder, sent
 
 if TYPE_CHECKING:
     from .bank import ExpertBank
@@ -45,7 +44,8 @@ class Slots:
 
     ``admit``, ``release`` and ``assign`` enqueue on the current CUDA stream and wait, on the
     device, for what runs in ``use`` blocks and in replays of ``StepGraphs`` on other streams; these
-    wait for the last of them. Two streams may read at once. Calls from several threads are safe.
+    wait for the last of them. Two streams may read at once. Several threads may call them; experts
+    are added to the bank by one.
 
     >>> import torch, t2kernels as t2k
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
@@ -68,7 +68,7 @@ class Slots:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"ExpertBank.slots: {name} must be an int ≥ 1, got {value!r}.")
         self._bank, self._mixer = bank, bank._mixer
-        self._order, self._lock = StreamOrder(), RLock()
+        self._order, self._lock = StreamOrder(), OwnLock()
         device = self._mixer.device
         with torch.inference_mode(False):
             self.arena = torch.full((count, self._mixer.width), float("nan"), device=device)
@@ -110,10 +110,10 @@ class Slots:
         Raises for a slot that does not exist, as ``ExpertBank.use`` does for a routing, and when
         the model was moved.
         """
+        self._check([slot], "admit", mixture)
         if not isinstance(routing, Tensor):
             self.admit_all({slot: routing}, mixture=mixture)
             return
-        self._check([slot], "admit", mixture)
         with torch.inference_mode(False), torch.no_grad(), self._lock:
             alpha = self._alpha(routing, mixture)
             with self._order.writing(self.arena.device):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import torch
@@ -34,11 +34,27 @@ def sent(values: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
-class StreamOrder:
-    """The last write and the reads since, of one piece of memory."""
+class OwnLock:
+    """A reentrant lock; the copy of an object that has one gets a lock of its own."""
 
     def __init__(self) -> None:
-        self._lock = Lock()
+        self._lock = RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[OwnLock], tuple[()]]:
+        return OwnLock, ()
+
+
+class StreamOrder:
+    """The last write and the reads since, of one piece of memory; a copy is of other memory."""
+
+    def __init__(self) -> None:
+        self._lock = OwnLock()
         self._written: Any = None
         self._reads: dict[int, Any] = {}  # by stream
 
@@ -77,6 +93,9 @@ class StreamOrder:
                 self._written = _cuda.Event()
                 self._written.record(stream)
                 self._reads.clear()
+
+    def __reduce__(self) -> tuple[type[StreamOrder], tuple[()]]:
+        return StreamOrder, ()
 
     def wait_on_host(self) -> None:
         """Return when everything so far has run."""

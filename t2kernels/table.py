@@ -12,7 +12,6 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from threading import RLock
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from . import streams
 from .ops.mixing import DEVIATION_DTYPE
-from .streams import StreamOrder
+from .streams import OwnLock, StreamOrder
 
 DTYPES = (torch.float32, DEVIATION_DTYPE)
 _FIRST_ROWS = 8
@@ -52,7 +51,7 @@ class ExpertTable:
         self._rows = torch.empty(0, width, dtype=dtype)
         self._used = 0  # rows that were ever used; no mixture may name one beyond
         self._free: list[int] = []
-        self._order, self._lock = StreamOrder(), RLock()
+        self._order, self._lock = StreamOrder(), OwnLock()
         self.cache: RowCache | None = None
 
     @property
@@ -152,6 +151,7 @@ class ExpertTable:
             moved = self._new(self._rows.shape[0], device)
             with self._order.reading(self._rows.device):
                 moved[: self._used].copy_(self._rows[: self._used])
+            self._retire(self._rows)
             self._rows, self._order = moved, StreamOrder()
 
     def _retire(self, rows: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -267,3 +268,23 @@ def test_a_thousand_experts_are_named_and_mixed() -> None:
     with pytest.raises(KeyError, match=r"'e1000'; the bank has 1000 experts\. Did you mean 'e100"):
         bank.prefetch(["e1000"])
     assert "1000 experts" in repr(bank)
+
+
+def test_a_copy_is_a_bank_of_its_own() -> None:
+    bank = t2k.ExpertBank(make_model(), host=True, cache=2)
+    bank.add("e0", expert(0))
+    slots = bank.slots(2)
+    slots.admit(0, "e0")
+    other, other_slots = copy.deepcopy((bank, slots))
+    other.add("e0", expert(1), overwrite=True)
+    other_slots.admit(0, "e0")
+    bank.remove("e0")
+    fresh = t2k.ExpertBank(make_model())
+    for i in range(2):
+        fresh.add(f"e{i}", expert(i))
+    assert torch.equal(outputs(other, ["e0", "e0", None]), outputs(fresh, ["e1", "e1", None]))
+    assert not torch.equal(slots.arena[0], other_slots.arena[0])
+    with torch.no_grad(), slots.use(2), other_slots.use(2):  # two models, two routings
+        assert bank._route.plan is not None and other._route.plan is not None
+        assert bank._route.plan.arena is slots.arena
+        assert other._route.plan.arena is other_slots.arena
