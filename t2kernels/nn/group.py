@@ -240,7 +240,7 @@ class Member:
                 return None
             if y is not None:
                 return y.view(known[1])
-        return self.alone.run(*known, x, slot, d)
+        return self.alone(x, slot, d)
 
 
 def _adjacent(parts: Sequence[Tensor]) -> bool:
@@ -262,4 +262,4 @@ def _adjacent(parts: Sequence[Tensor]) -> bool:
 
 def _stream(x: Tensor) -> int:
     """The stream on which results of x come to be; a CPU has but one."""
-    return 0 if x.is_cpu else int(torch.cuda.current_stream(x.device).cuda_stream)
+    return 0 if x.is_cpu else int(dispatch.load("cuda")._stream(x))

@@ -62,7 +62,13 @@ def _device_reason(index: int) -> str | None:
     return None
 
 
+# Where torch has it, without a torch.cuda.Stream around the number: inductor's own way.
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
 def _stream(x: Tensor) -> int:
+    if _raw_stream is not None:
+        return int(_raw_stream(x.get_device()))
     return int(torch.cuda.current_stream(x.device).cuda_stream)
 
 

@@ -88,6 +88,11 @@ def form(name: str, tile: str = "auto") -> Iterator[None]:
         _Switch.form = before
 
 
+def asked() -> Form | None:
+    """The form that was asked for by name, if any."""
+    return _Switch.form
+
+
 def unfit(x: Tensor, U: Tensor, V: Tensor) -> str | None:
     """Why no tensor-core form can run this call, or None; see ``unfit_group``."""
     return unfit_group(x, (U,), V)

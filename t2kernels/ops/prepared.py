@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, native
+from . import cuda_forms, dispatch, native
 from .host import environment
 from .layout import TYPE_CODES
 
@@ -41,8 +41,8 @@ class Prepared:
     """
 
     __slots__ = (
-        "_U", "_Vh", "_addresses", "_base", "_bias", "_dtype", "_environment", "_limit", "_on_cpu",
-        "_scale", "_shapes", "invariant", "module", "named",
+        "_U", "_Vh", "_addresses", "_base", "_bias", "_dtype", "_environment", "_index", "_limit",
+        "_on_cpu", "_scale", "_shapes", "invariant", "module", "named",
     )  # fmt: skip
 
     def __init__(
@@ -58,7 +58,7 @@ class Prepared:
     ) -> None:
         self._U, self._Vh, self._base, self._bias, self._scale = U, Vh, base, bias, scale
         self.module, self._dtype, self._limit = module, dtype, limit
-        self._on_cpu = U.is_cpu
+        self._on_cpu, self._index = U.is_cpu, U.get_device()
         self.named, self.invariant = _switches.backend, _switches.batch_invariant
         self._environment = environment("T2_BACKEND")
         self._shapes: dict[torch.Size, tuple[int, tuple[int, ...]]] = {}
@@ -105,25 +105,12 @@ class Prepared:
         known = self._shapes[x.shape] = tokens, (*x.shape[:-1], self._U.shape[0])
         return known
 
-    def run(
-        self, tokens: int, shape: tuple[int, ...], x: Tensor, slot: Tensor | None, d: Tensor
-    ) -> Tensor | None:
-        """y of a call that ``accepts`` took, or None where a tensor has moved.
+    def __call__(self, x: Tensor, slot: Tensor | None, d: Tensor) -> Tensor | None:
+        """y, or None where the ordinary path has to decide.
 
         slot: None or (tokens,), d: (r,) or (slots, r), as ``prepare`` had them.
         """
-        if not self.still():
-            return None
-        x2 = x.reshape(-1, self._Vh.shape[1])
-        y, _ = self.module.forward(
-            x2, self._U, self._Vh.t(), d, self._base, slot, self._bias, self._scale,
-            batch_invariant=self.invariant,
-        )  # fmt: skip
-        return y.view(shape)  # type: ignore[no-any-return]
-
-    def __call__(self, x: Tensor, slot: Tensor | None, d: Tensor) -> Tensor | None:
-        known = self.accepts(x)
-        return None if known is None else self.run(*known, x, slot, d)
+        raise NotImplementedError
 
 
 class PreparedNative(Prepared):
@@ -141,9 +128,11 @@ class PreparedNative(Prepared):
             TYPE_CODES[self._dtype], TYPE_CODES[self._U.dtype],
         )  # fmt: skip
 
-    def run(
-        self, tokens: int, shape: tuple[int, ...], x: Tensor, slot: Tensor | None, d: Tensor
-    ) -> Tensor | None:
+    def __call__(self, x: Tensor, slot: Tensor | None, d: Tensor) -> Tensor | None:
+        known = self.accepts(x)
+        if known is None:
+            return None
+        tokens, shape = known
         if not x.is_contiguous():
             x = x.contiguous()
         bias = self._bias
@@ -154,6 +143,61 @@ class PreparedNative(Prepared):
             0 if bias is None else bias.data_ptr(), _threads(),
         )  # fmt: skip
         return y if ran else None
+
+
+class PreparedCuda(Prepared):
+    """By the CUDA kernels: what ``cuda.forward`` enqueues, its form chosen once per T."""
+
+    __slots__ = ("_asked", "_codes", "_d_stride", "_forms", "_scale_address", "_slots")
+
+    def __init__(self, *args: Any, d: Tensor, rows: bool) -> None:
+        super().__init__(*args)
+        self._d_stride, self._slots = d.stride(0) if rows else 0, d.shape[0]
+        self._scale_address = 0 if self._scale is None else self._scale.data_ptr()
+        self._codes = TYPE_CODES[self._dtype], TYPE_CODES[self._U.dtype]
+        self._asked: cuda_forms.Form | None = None  # the form that the choices below obeyed
+        self._forms: dict[int, cuda_forms.Form] = {}
+
+    def _form(self, tokens: int, x: Tensor) -> cuda_forms.Form:
+        asked = cuda_forms.asked()
+        if asked != self._asked:
+            self._asked = asked
+            self._forms.clear()
+        form = self._forms.get(tokens)
+        if form is None:
+            x2 = x.reshape(tokens, -1)
+            form = cuda_forms.choose(x2, self._U, self._Vh.t(), self.invariant)
+            self._forms[tokens] = form
+        return form
+
+    def accepts(self, x: Tensor) -> tuple[int, tuple[int, ...]] | None:
+        return super().accepts(x) if x.get_device() == self._index else None
+
+    def __call__(self, x: Tensor, slot: Tensor | None, d: Tensor) -> Tensor | None:
+        known = self.accepts(x)
+        if known is None or not self.still():
+            return None
+        tokens, shape = known
+        name, tile = self._form(tokens, x)
+        plain = name == "fma"
+        if not x.is_contiguous() or not (plain or x.data_ptr() % 16 == 0):
+            x = x.clone(memory_format=torch.contiguous_format)
+        cuda, index = self.module, self._index
+        stream = cuda._stream(x)
+        n, r = self._Vh.shape[1], self._Vh.shape[0]
+        y = x.new_empty(*shape)
+        work = x.new_empty(tokens, r, dtype=torch.float32) if plain else x.new_empty(tokens, r)
+        U, Vh, base, bias = self._addresses
+        # fmt: off
+        cuda._native.cuda_svf_decode(
+            x.data_ptr(), n, U, Vh, d.data_ptr(), self._d_stride, self._slots,
+            0 if slot is None else slot.data_ptr(), base, bias, self._scale_address,
+            y.data_ptr(), 0, work.data_ptr(), cuda._barrier(x, name, index, stream),
+            tokens, n, r, shape[-1], *self._codes, cuda_forms.CODES[name],
+            cuda_forms.TILE_CODES[tile], index, stream,
+        )
+        # fmt: on
+        return y
 
 
 def prepare(
@@ -181,5 +225,5 @@ def prepare(
         limit = native.decode_tokens(dtype, U.dtype, _switches.batch_invariant)
         return PreparedNative(*args, limit, d=d, rows=slot is not None)
     if module.NAME == "cuda":
-        return Prepared(module, *args, module.MAX_TOKENS)
+        return PreparedCuda(module, *args, module.MAX_TOKENS, d=d, rows=slot is not None)
     return None
