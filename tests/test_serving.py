@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import t2kernels as t2k
-from t2kernels import streams
-from t2kernels.streams import StreamOrder
 
 
 class Tiny(nn.Module):
@@ -333,131 +330,3 @@ def test_threads_admit_side_by_side(bank: t2k.ExpertBank) -> None:
     for slot in range(32):
         alone.admit(0, {"math": slot / 10})
         assert torch.equal(slots.arena[slot], alone.arena[0])
-
-
-# -- order of streams, with a record in the place of CUDA ----------------------------------------
-
-
-class Recorder:
-    """Streams and events that write down who waits for what."""
-
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        self.current = self.stream_named("a")
-        self.events = 0
-        self.capturing = False
-
-    def stream_named(self, name: str) -> Any:
-        wait = lambda event: self.log.append(f"{name} waits for {event.of}")  # noqa: E731
-        return SimpleNamespace(name=name, cuda_stream=ord(name), wait_event=wait)
-
-    def current_stream(self, device: torch.device) -> Any:
-        return self.current
-
-    def is_current_stream_capturing(self) -> bool:
-        return self.capturing
-
-    def Event(self) -> Any:
-        event = SimpleNamespace(of="nothing")
-
-        def record(stream: Any) -> None:
-            self.events += 1
-            event.of = f"{stream.name}{self.events}"
-
-        event.record = record
-        event.synchronize = lambda: self.log.append(f"host waits for {event.of}")
-        return event
-
-    def on(self, name: str) -> list[str]:
-        """Go on as stream ``name``; returns and forgets what was written down."""
-        self.current = self.stream_named(name)
-        log, self.log = self.log, []
-        return log
-
-
-@pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    recorder = Recorder()
-    monkeypatch.setattr(streams, "_cuda", recorder)
-    monkeypatch.setattr(streams, "_DEVICE", "cpu")
-    return recorder
-
-
-def test_reads_wait_for_writes_and_writes_for_reads(recorder: Recorder) -> None:
-    order, cpu = StreamOrder(), torch.device("cpu")
-    with order.reading(cpu):
-        pass
-    recorder.on("b")
-    with order.reading(cpu):  # beside the other
-        assert recorder.log == []
-    recorder.on("c")
-    with order.writing(cpu):
-        assert recorder.log == ["c waits for a1", "c waits for b2"]
-    recorder.on("a")
-    with order.reading(cpu):
-        assert recorder.log == ["a waits for c3"]
-    recorder.on("b")
-    with order.writing(cpu):
-        assert recorder.log == ["b waits for c3", "b waits for a4"]
-    recorder.on("a")
-    order.wait_on_host()
-    assert recorder.on("a") == ["host waits for b5"]
-
-
-def test_a_capture_is_left_alone(recorder: Recorder) -> None:
-    order, cpu = StreamOrder(), torch.device("cpu")
-    recorder.capturing = True
-    with order.writing(cpu), order.reading(cpu):
-        pass
-    assert recorder.log == [] and recorder.events == 0
-
-
-def test_admission_waits_for_the_replay_of_another_stream(
-    bank: t2k.ExpertBank, recorder: Recorder
-) -> None:
-    slots = bank.slots(2)
-    slots.admit(0, "math")
-    recorder.on("r")
-    with slots.use(1):
-        pass
-    read = recorder.events
-    recorder.on("w")
-    slots.admit(1, "code")
-    assert f"w waits for r{read}" in recorder.on("w")
-    slots.assign([1])
-    written = recorder.events
-    recorder.on("r")
-    with slots.reading():
-        assert f"r waits for w{written}" in recorder.log
-
-
-def test_rows_of_a_cache_wait_for_those_who_read_them(
-    bank: t2k.ExpertBank, recorder: Recorder
-) -> None:
-    """A prefetch runs on a stream of its own; whoever uses its rows waits for it, nobody else."""
-    host = t2k.ExpertBank(bank.model, host=True, cache=2)
-    for name in bank.names:
-        host.add(name, bank[name])
-    recorder.Stream = lambda device: recorder.stream_named("s")  # type: ignore[attr-defined]
-
-    class Current:
-        def __init__(self, stream: Any) -> None:
-            self.stream, self.before = stream, recorder.current
-
-        def __enter__(self) -> None:
-            recorder.current = self.stream
-
-        def __exit__(self, *_: object) -> None:
-            recorder.current = self.before
-
-    recorder.stream = Current  # type: ignore[attr-defined]
-    slots = host.slots(2)
-    slots.admit(0, "math")
-    recorder.on("a")
-    host.prefetch(["code"])
-    prefetched = recorder.events
-    assert recorder.on("b") == []  # a place that nobody has read
-    slots.admit(1, "code")
-    assert f"b waits for s{prefetched}" in recorder.on("a")
-    host.prefetch(["prose"])  # in the place of math, which stream a read last
-    assert any(line.startswith("s waits for a") for line in recorder.log)
