@@ -1,4 +1,4 @@
-"""Order between streams, with a record in the place of CUDA: who waits for whom, and who does not."""
+"""Order between streams, with a record in the place of CUDA: who waits for whom."""
 
 from __future__ import annotations
 
