@@ -1,8 +1,8 @@
 """One expert written into the stored weights, in place, and the base weights back, bit for bit.
 
-    W′ = W + (U ⊙ (d − σ))·Vᵀ        or, where W was dropped,        W′ = (U ⊙ d)·Vᵀ
+    W′ = W + U·diag(d − σ)·Vᵀ        or, where W was dropped,        W′ = U·diag(d)·Vᵀ
 
-One library product per block of W′. What it multiplies:
+The diagonal goes into U (of 16 bits, the smaller of U and V), then one product per block of W′:
 
     dtype of W        where                                     product
     bf16, fp16        CUDA                                      16 bits, added to W by the same call
@@ -14,15 +14,16 @@ Sums are of fp32 (fp64) and W′ is rounded once. (fp32 is not added by the call
 once per slice of the sum, which errs three to five times as much as what stands above. TF32 only
 where torch was told to use it.)
 
-A 16-bit product rounds U ⊙ (d − σ), by as much in relation to the change as rounding W′ errs in
-relation to W′. As the columns of U and V are orthonormal, the change measures ‖d − σ‖ and W′ at
-least ‖d‖: up to that ratio of 1.5 the two errors together stay below 1.81 times the second alone.
-Experts beyond it (all z below 0.4, or negative) take the slow way; trained ones are far from it.
+A 16-bit product rounds U·diag(d − σ), or V's, by as much in relation to the change as rounding W′
+errs in relation to W′. As the columns of U and V are orthonormal, the change measures ‖d − σ‖ and
+W′ at least ‖d‖: up to that ratio of 1.5 the two errors together stay below 1.81 times the second
+alone. Experts beyond it (all z below 0.4, or negative) take the slow way; trained ones are far from
+it.
 
 Memory: one copy of each base weight that is changed, on its device or, ``keep="host"``, in host
 memory (page-locked beside a GPU), from the first merge until ``unmerge``; weights that were dropped
-need none. Beside it a block of U ⊙ (d − σ), one of V where it has to be converted, of 32 MiB each
-for 16 bits; with fp32, blocks of U, V and W′ of 16 MiB each.
+need none. Beside it a block of the factor with the diagonal, one of the other where it has to be
+converted, of 32 MiB each for 16 bits; with fp32, blocks of U, V and W′ of 16 MiB each.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 KEEP = ("device", "host")
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-# ‖d − σ‖ / ‖d‖ up to which rounding U ⊙ (d − σ) to 16 bits is allowed: √(1 + 1.5²) = 1.81.
+# ‖d − σ‖ / ‖d‖ up to which rounding U·diag(d − σ) to 16 bits is allowed: √(1 + 1.5²) = 1.81.
 _LARGEST_CHANGE = 1.5
 # Elements of a block of U or V in the product's dtype, 16 bits and wider.
 _NARROW_BLOCK, _WIDE_BLOCK = 1 << 24, 1 << 22
@@ -189,7 +190,7 @@ def _product_dtype(target: Tensor, change: _Change, dropped: bool) -> torch.dtyp
     """What is multiplied; see the table above."""
     if target.dtype not in _SIXTEEN_BITS:
         return target.dtype
-    # (U ⊙ d)·Vᵀ errs in relation to W′ itself: nothing can cancel.
+    # U·diag(d)·Vᵀ errs in relation to W′ itself: nothing can cancel.
     strong = not dropped and change.size > _LARGEST_CHANGE * change.after
     return target.dtype if _multiplies_fast(target) and not strong else torch.float32
 
@@ -211,21 +212,22 @@ def _write(
     change: _Change,
     dtype: torch.dtype,
 ) -> None:
-    """target (m, n) = base + (U ⊙ factor)·Vᵀ by blocks, multiplied in ``dtype``."""
+    """target (m, n) = base + U·diag(factor)·Vᵀ by blocks, multiplied in ``dtype``."""
     U, Vh, factor, unit = layer._U, layer._Vh, change.factor, 1.0
     added = dtype in _SIXTEEN_BITS  # by the product's own call
     if dtype == torch.float16:
-        # Moved to the middle of fp16's range by a power of two; |U| ≤ 1, of 8 bits ≤ 448.
+        # Into the middle of fp16's range by a power of two; |U|, |V| ≤ 1, of 8 bits ≤ 448.
         unit = 2.0 ** (math.frexp(change.top)[1] - (7 if is_eight_bit(U.dtype) else 15))
         factor = factor / unit
     m, n = target.shape
+    # The smaller of the two takes the factor; in fp32 always U, as ``reconstruct`` has it.
+    on_v = added and n <= m
     step = (_NARROW_BLOCK if added else _WIDE_BLOCK) // U.shape[1]
-    for columns in _blocks(n, n if added and Vh.dtype == dtype else step):
-        right = Vh[:, columns].to(dtype)
-        for rows in _blocks(m, step):
-            left = torch.empty(U[rows].shape, dtype=dtype, device=U.device)
-            # Multiplied in fp32 and rounded once, on a GPU without a wide buffer.
-            torch.mul(_readable(U[rows]), factor, out=left)
+    as_it_is = added and U.dtype == dtype  # the other one is read where it lies, whole
+    for columns in _blocks(n, n if as_it_is and not on_v else step):
+        right = _times(Vh[:, columns], factor[:, None] if on_v else None, dtype)
+        for rows in _blocks(m, m if as_it_is and on_v else step):
+            left = _times(U[rows], None if on_v else factor, dtype)
             block = target[rows, columns]
             if added:
                 if base is not None:
@@ -238,9 +240,14 @@ def _write(
             block.copy_(total)
 
 
-def _readable(U: Tensor) -> Tensor:
-    """fp8 takes part in no arithmetic of torch; every value of it is one of bf16."""
-    return U.to(torch.bfloat16) if U.dtype == torch.float8_e4m3fn else U
+def _times(part: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A block of U or V in ``dtype``, itself where it is; times fp32 ``factor``, rounded once."""
+    if factor is None:
+        return part.to(dtype)
+    if part.dtype == torch.float8_e4m3fn:  # no arithmetic of torch takes it
+        part = part.to(torch.bfloat16)  # exact
+    out = torch.empty(part.shape, dtype=dtype, device=part.device)
+    return torch.mul(part, factor, out=out)  # on a GPU without a wide buffer
 
 
 def _blocks(size: int, step: int) -> Iterator[slice]:

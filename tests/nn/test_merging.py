@@ -70,6 +70,7 @@ STRENGTHS = {
 @pytest.mark.parametrize(
     "options",
     [{}, {"transposed": True}, {"m": 72, "n": 48, "keep_weight": False}, {"rank": 16},
+     {"m": 80, "n": 40, "transposed": True, "rank": 24}, {"m": 80, "n": 40, "factors": "fp8"},
      {"factors": "int8"}, {"factors": "fp8", "keep_weight": False, "transposed": True}],
     ids=str,
 )  # fmt: skip
@@ -197,11 +198,12 @@ class Sizes(TorchDispatchMode):
 
 @pytest.mark.parametrize("factors", [None, "int8", "fp8"])
 @pytest.mark.parametrize("narrow", [False, True], ids=["fp32", "16-bit product"])
-def test_no_temporary_of_the_weights_size(monkeypatch, factors, narrow):
+@pytest.mark.parametrize("shape", [(48, 400), (400, 48)], ids=["wide", "tall"])
+def test_no_temporary_of_the_weights_size(monkeypatch, shape, factors, narrow):
     monkeypatch.setattr(merging, "_multiplies_fast", lambda target: narrow)
     monkeypatch.setattr(merging, "_NARROW_BLOCK", 40 * 48)
     monkeypatch.setattr(merging, "_WIDE_BLOCK", 20 * 48)
-    layer = made(48, 400, torch.bfloat16, factors=factors)
+    layer = made(*shape, torch.bfloat16, factors=factors)
     d = layer.factors.S * 1.1
     truth = truth_of(layer, d)
     layer.merge_diagonal(layer.factors.S * 1.2)  # the copy of the base, once
