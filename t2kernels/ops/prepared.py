@@ -156,9 +156,10 @@ class PreparedCuda(Prepared):
         self._scale_address = 0 if self._scale is None else self._scale.data_ptr()
         self._codes = TYPE_CODES[self._dtype], TYPE_CODES[self._U.dtype]
         self._asked: cuda_forms.Form | None = None  # the form that the choices below obeyed
-        self._forms: dict[int, cuda_forms.Form] = {}
+        self._forms: dict[int, tuple[str, int, int]] = {}
 
-    def _form(self, tokens: int, x: Tensor) -> cuda_forms.Form:
+    def _form(self, tokens: int, x: Tensor) -> tuple[str, int, int]:
+        """(name, its code, the tile's) of a call with so many tokens."""
         asked = cuda_forms.asked()
         if asked != self._asked:
             self._asked = asked
@@ -166,7 +167,8 @@ class PreparedCuda(Prepared):
         form = self._forms.get(tokens)
         if form is None:
             x2 = x.reshape(tokens, -1)
-            form = cuda_forms.choose(x2, self._U, self._Vh.t(), self.invariant)
+            name, tile = cuda_forms.choose(x2, self._U, self._Vh.t(), self.invariant)
+            form = name, cuda_forms.CODES[name], cuda_forms.TILE_CODES[tile]
             self._forms[tokens] = form
         return form
 
@@ -178,7 +180,7 @@ class PreparedCuda(Prepared):
         if known is None or not self.still():
             return None
         tokens, shape = known
-        name, tile = self._form(tokens, x)
+        name, code, tile = self._form(tokens, x)
         plain = name == "fma"
         if not x.is_contiguous() or not (plain or x.data_ptr() % 16 == 0):
             x = x.clone(memory_format=torch.contiguous_format)
@@ -188,13 +190,13 @@ class PreparedCuda(Prepared):
         y = x.new_empty(*shape)
         work = x.new_empty(tokens, r, dtype=torch.float32) if plain else x.new_empty(tokens, r)
         U, Vh, base, bias = self._addresses
+        barrier = cuda._barrier(x, name, index, stream) if name == "mma-coop" else 0
         # fmt: off
         cuda._native.cuda_svf_decode(
             x.data_ptr(), n, U, Vh, d.data_ptr(), self._d_stride, self._slots,
             0 if slot is None else slot.data_ptr(), base, bias, self._scale_address,
-            y.data_ptr(), 0, work.data_ptr(), cuda._barrier(x, name, index, stream),
-            tokens, n, r, shape[-1], *self._codes, cuda_forms.CODES[name],
-            cuda_forms.TILE_CODES[tile], index, stream,
+            y.data_ptr(), 0, work.data_ptr(), barrier, tokens, n, r, shape[-1], *self._codes,
+            code, tile, index, stream,
         )
         # fmt: on
         return y
