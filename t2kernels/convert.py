@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .nn.factored import Factors
 from .nn.group import Group
-from .nn.linear import Factors, SVFLinear, is_conv1d, weight_of
+from .nn.linear import SVFLinear
 from .nn.quantized_base import QuantizedBaseLinear
 from .nn.quantized_layers import dequantized, quantized_kind
+from .nn.replaced import is_conv1d, weight_of
 from .nn.routing import Route
 from .ops.layout import MAX_MEMBERS
 from .quantized import QuantizedFactors, check_kind, quantize

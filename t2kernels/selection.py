@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from .nn.linear import is_conv1d, weight_of
 from .nn.quantized_layers import quantized_kind
+from .nn.replaced import is_conv1d, weight_of
 from .targets import check_targets, classify, listed, match
 
 # Layers of a Mamba mixer (the module that has A_log and D): on a GPU the fused scan takes the

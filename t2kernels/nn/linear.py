@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..diagonal import PARAMETRISATIONS, effective_multiplier
+from ..diagonal import PARAMETRISATIONS
 from ..ops import dispatch
-from ..ops.functional import dense, layout, run, run_delta, under_autocast
-from ..quantized import QuantizedFactors, dequantize
-from ..svd import SVDFactors, check_factors, decompose, fingerprint, reconstruct
+from ..ops.functional import dense, run, run_delta, under_autocast
+from ..svd import decompose
 from . import merging
+from .factored import Factored, Factors
 from .group import Group
 from .quantized_layers import quantized_kind
+from .replaced import check_belongs, is_conv1d, shell, weight_of
 from .routing import Route
 from .settled import Settled, Watch, settle
 
-Factors = SVDFactors | QuantizedFactors
 
-
-def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D (GPT-2): a linear layer whose weight is stored (in, out)."""
-    return (
-        type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight_of(module).dim() == 2
-    )
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a linear layer, checked: an attribute of nn.Module may be anything."""
-    weight = module.weight
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{type(module).__name__} has no weight tensor.")
-    return weight
-
-
-class SVFLinear(nn.Module):
+class SVFLinear(Factored):
     """y = x·V·diag(σ⊙z)·Uᵀ + b in place of y = x·Wᵀ + b (paper, section 3.1).
 
     Three forms of one function, chosen at each call:
@@ -57,9 +39,6 @@ class SVFLinear(nn.Module):
     Make it with ``from_linear`` or, for a whole model, with ``t2kernels.convert``.
     """
 
-    weight: Tensor | None
-    bias: Tensor | None
-    z: nn.Parameter
     quantized_base: str | None = None  # what holds W where it is quantised
 
     def __init__(
@@ -168,67 +147,14 @@ class SVFLinear(nn.Module):
                 f"SVFLinear.from_linear: rank={rank} but the factors have {factors.S.shape[0]}."
             )
         else:
-            _check_belongs(weight.detach().t() if transposed else weight.detach(), factors)
+            check_belongs(weight.detach().t() if transposed else weight.detach(), factors)
         layer = cls(
             weight, cast("Tensor | None", linear.bias), factors, keep_weight=keep_weight,
             parametrisation=parametrisation, transposed=transposed, recompute=recompute,
         )  # fmt: skip
-        layer._original = (linear if keep_weight else _shell(linear),)
+        layer._original = (linear if keep_weight else shell(linear),)
         layer.train(linear.training)
         return layer
-
-    # -- state ---------------------------------------------------------------------------------
-
-    def _set_factors(self, factors: Factors) -> None:
-        U, Vh = layout(factors)
-        if isinstance(factors, SVDFactors):
-            check_factors(SVDFactors(U, factors.S, Vh.t()))
-            U, Vh = U.to(self._dtype), Vh.to(self._dtype)
-        self._U, self._Vh, self._S = U, Vh, factors.S.float()
-        self._settled = None
-        self._scale = factors.scale if isinstance(factors, QuantizedFactors) else None
-        self._column_scales = (
-            (factors.u_scale, factors.v_scale) if isinstance(factors, QuantizedFactors) else None
-        )
-
-    @property
-    def factors(self) -> Factors:
-        """U (m, r), S (r,), V (n, r) as they are stored."""
-        if self._column_scales is not None:
-            u_scale, v_scale = self._column_scales
-            return QuantizedFactors(self._U, self._S, self._Vh.t(), u_scale, v_scale, self._dtype)
-        return SVDFactors(self._U, self._S, self._Vh.t())
-
-    @property
-    def multiplier(self) -> Tensor:
-        """z_eff (r,): the layer's own effective multiplier, differentiable in z."""
-        return effective_multiplier(self._S, self.z, self.parametrisation)
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the base weight (also while merged), from values rounded to bf16."""
-        if self._fingerprint is None:
-            base = self._base_copy if self._base_copy is not None else self.weight
-            if base is None:
-                raise RuntimeError("SVFLinear: the base weight is gone and was never hashed")
-            self._fingerprint = self._weight_fingerprint(base)
-        return self._fingerprint
-
-    def _weight_fingerprint(self, weight: Tensor) -> str:
-        w = weight.detach()
-        return fingerprint(w.t() if self.transposed else w)
-
-    @torch.no_grad()
-    def stored_weight(self) -> Tensor:
-        """The base weight in its stored orientation; rebuilt from the factors if it was dropped."""
-        if self._base_copy is not None:
-            return self._base_copy.to(self._U.device)  # it may wait in host memory
-        if self.weight is not None and not self._drop_on_unmerge:
-            return self.weight.detach()
-        f = self.factors
-        f = dequantize(f) if isinstance(f, QuantizedFactors) else f
-        w = reconstruct(f).to(self._dtype)
-        return w.t().contiguous() if self.transposed else w
 
     @torch.no_grad()
     def original(self) -> nn.Module:
@@ -246,28 +172,6 @@ class SVFLinear(nn.Module):
             linear.weight = self.weight
         linear.bias = self.bias  # type: ignore[assignment]
         return linear
-
-    def rests(self) -> bool:
-        """Whether the layer's own z is the identity and wants no gradient: W is used then.
-
-        On a CPU the values are looked at; elsewhere they are looked at again only when z was
-        written to (in place, as optimisers and ``copy_`` do), so that no call waits for the GPU.
-        A compiler cannot look at values: it goes by the last look, and takes a z that can be
-        trained for one that is not the identity. Where z was written by hand, call ``rests()``.
-        """
-        z = self.z
-        if z.requires_grad and torch.is_grad_enabled():
-            return False
-        if torch.compiler.is_compiling():
-            return self._rests_when_compiled and not z.requires_grad
-        if self._z_seen is None or not self._z_seen.holds(z):
-            first = z[:1] if self.parametrisation == "sigmoid-normalised" else z.new_ones(1)
-            self._z_identity = torch.equal(z.detach(), first.detach().expand_as(z))
-            self._z_seen = Watch(z)
-        compiled = self._z_identity and not z.requires_grad
-        if compiled is not self._rests_when_compiled:  # nn.Module is slow to set an attribute
-            self._rests_when_compiled = compiled
-        return self._z_identity
 
     # -- the call ------------------------------------------------------------------------------
 
@@ -373,124 +277,9 @@ class SVFLinear(nn.Module):
         """Bring the base weight back, bit-exact."""
         merging.unmerge(self)
 
-    # -- nn.Module's manners -------------------------------------------------------------------
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy, here or in another process, has settled nothing: its tensors lie elsewhere."""
-        return {**self.__dict__, "_settled": None, "_z_seen": None}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SVFLinear:
-        """Move the factors with the module; z and σ change device, never dtype."""
-        z = self._parameters.pop("z")  # out of reach of a cast
-        self._apply_base(fn, recurse)
-        if z is not None:
-            grad, z.grad = z.grad, None
-            z.data = _keep_dtype(fn, z.data)
-            z.grad = None if grad is None else _keep_dtype(fn, grad)
-        self._parameters["z"] = z
-        self._z_seen = self._settled = None
-        self._S = _keep_dtype(fn, self._S)
-        if self._scale is not None:
-            self._scale = _keep_dtype(fn, self._scale)
-        if self._column_scales is not None:
-            u, v = self._column_scales
-            self._column_scales = (_keep_dtype(fn, u), _keep_dtype(fn, v))
-        if self._scale is None:
-            self._U, self._Vh = fn(self._U), fn(self._Vh)
-        else:  # fp8 is a float, which a cast of the model would reach
-            self._U, self._Vh = _keep_dtype(fn, self._U), _keep_dtype(fn, self._Vh)
-        if self._base_copy is not None:
-            self._base_copy = fn(self._base_copy)
-        # Of an empty tensor, since 8-bit factors without a weight have no tensor of that dtype.
-        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self._U.device)).dtype
-        return self
-
-    def _apply_base(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
-        super()._apply(fn, recurse)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.weight is None:  # the base's keys, whatever is kept in memory
-            destination[prefix + "weight"] = self.stored_weight()
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        errors: list[str] = args[-1]
-        key = prefix + "weight"
-        given = state_dict.get(key)
-        if given is not None and self._merged:
-            errors.append(f"{key}: an expert is merged; call bank.unmerge() before loading weights")
-            return
-        m, n = self.out_features, self.in_features
-        fits = given is not None and given.shape == ((n, m) if self.transposed else (m, n))
-        if fits and not self._is_base(given):
-            errors.append(
-                f"{key}: the weight differs from the one that the factors belong to; load the "
-                "checkpoint before t2kernels.convert"
-            )
-            return
-        if self.weight is None and given is not None:
-            state_dict = {k: v for k, v in state_dict.items() if k != key}
-        z = state_dict.get(prefix + "z")
-        if isinstance(z, Tensor) and z.is_floating_point() and z.dtype != torch.float32:
-            state_dict = {**state_dict, prefix + "z": z.float()}  # assigning would keep its dtype
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if args[0].get("assign_to_params_buffers") and fits and given.is_floating_point():
-            self.to(given.device, given.dtype)  # the factors follow what was assigned
-        self._z_seen = self._settled = None
-        self.rests()
-
-    @torch.no_grad()
-    def _is_base(self, given: Tensor) -> bool:
-        """Whether ``given`` is the base weight, or what this layer itself saves in its place: the
-        weight after a cast, or rebuilt from the factors (a fraction of an ulp apart at most)."""
-        if self._weight_fingerprint(given) == self.fingerprint:
-            return True
-        own = self.stored_weight().float()
-        apart = (given.detach().to(own) - own).norm()
-        return bool(apart <= 0.25 * torch.finfo(self._dtype).eps * own.norm())
-
     def extra_repr(self) -> str:
         kept = "" if self.weight is not None else ", weight dropped"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.bias is not None}, {self.parametrisation}, {self._U.dtype} factors{kept}"
         )
-
-
-def _shell(linear: nn.Module) -> nn.Module:
-    """A copy of the layer without the memory of its weight and bias: its class, its attributes,
-    its very hooks. The empty weight remembers whether it was trained."""
-    shell = copy.copy(linear)
-    wants_grad = weight_of(linear).requires_grad
-    empty = nn.Parameter(weight_of(linear).new_empty(0), requires_grad=wants_grad)
-    shell._parameters = {**linear._parameters, "weight": empty, "bias": None}
-    shell._buffers, shell._modules = dict(linear._buffers), dict(linear._modules)
-    return shell
-
-
-@torch.no_grad()
-def _check_belongs(weight: Tensor, factors: Factors, room: float = 0.05) -> None:
-    """Raise unless Wᵀ·U = V·diag(σ) on one random combination of columns: one pass over W.
-
-    Holds for the leading k components too. ``room`` of 5 % is for bf16 factors; an entry of fp8
-    ones errs by up to 6.25 %.
-    """
-    if factors.U.shape[0] != weight.shape[0] or factors.V.shape[0] != weight.shape[1]:
-        return  # the constructor names the shapes
-    room = max(room, 0.1) if isinstance(factors, QuantizedFactors) else room
-    f = dequantize(factors) if isinstance(factors, QuantizedFactors) else factors
-    mix = torch.randn(f.S.shape[0], generator=torch.Generator().manual_seed(0)).to(f.S)
-    W = weight.to(f.S.device, torch.float32)
-    left = W.t() @ (f.U.float() @ mix.float())
-    right = f.V.float() @ (f.S.float() * mix.float())
-    if not bool((left - right).norm() <= room * right.norm() + 1e-6 * W.norm()):
-        raise ValueError(
-            "SVFLinear: these factors were not made from this weight: Wᵀ·U differs from "
-            "V·diag(σ). Decompose the weight that the layer has."
-        )
-
-
-def _keep_dtype(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """fn(t) for its device alone: the values keep their dtype and every bit."""
-    moved = fn(t)
-    return moved if moved.dtype == t.dtype else t.to(moved.device)

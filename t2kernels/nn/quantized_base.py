@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from ..ops import dispatch
 from ..ops.functional import run, under_autocast
 from ..svd import decompose, fingerprint
-from .linear import Factors, SVFLinear, _check_belongs
+from .factored import Factors
+from .linear import SVFLinear
 from .quantized_layers import delta_dtype, dequantized, quantized_kind
+from .replaced import check_belongs
 
 # Factors that are given may be those of the weight before it was quantised, from which one of 4
 # bits is some 10 % away; another weight's are 100 % away or more.
@@ -100,7 +102,7 @@ class QuantizedBaseLinear(SVFLinear):
                 f"{factors.S.shape[0]}."
             )
         else:
-            _check_belongs(weight, factors, _ROOM)
+            check_belongs(weight, factors, _ROOM)
         return cls(linear, weight, factors, parametrisation=parametrisation, recompute=recompute)
 
     @property
