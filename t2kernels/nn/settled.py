@@ -144,7 +144,10 @@ def settle(
     if plan is not None and plan.alpha is not None:  # d is computed at every call
         return None
     d = layer._S if d is None else d
-    alone = prepare(layer._dtype, layer._U, layer._Vh, d, layer._S, slot, layer.bias, layer._scale)
+    tokens = x.shape[:-1].numel()
+    alone = prepare(
+        layer._dtype, tokens, layer._U, layer._Vh, d, layer._S, slot, layer.bias, layer._scale
+    )
     if alone is None:
         return None
     product: Prepared | Member = alone

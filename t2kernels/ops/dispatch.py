@@ -29,6 +29,9 @@ _DELTA_KERNELS = ("triton",)
 _loaded: dict[str, Any] = {}
 
 
+# What ``choose`` takes where it can, by device; torch elsewhere.
+DEFAULTS = {"cpu": "native"}
+
 # Up to how many tokens layers that share x (nn/group.py) are one call, by backend. native: measured
 # and of no use, q, k, v and gate, up of widths 256 to 2048 take 0.88 to 1.25 of the time of calls
 # alone, which are short by now. cuda: not measured; it runs when asked for by name.

@@ -96,8 +96,8 @@ DECODE_TOKENS = _decode_tokens()
 
 
 def decode_tokens(x: torch.dtype, factors: torch.dtype, batch_invariant: bool) -> int:
-    """The largest T that the kernel of ours takes, by dtypes; of all in batch-invariant mode."""
-    return _UNLIMITED if batch_invariant else DECODE_TOKENS[x, factors]
+    """The largest T that the kernel of ours takes, by dtypes; all T in batch-invariant mode."""
+    return _UNLIMITED if batch_invariant else DECODE_TOKENS.get((x, factors), 0)
 
 
 def unavailable(

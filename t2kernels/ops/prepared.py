@@ -204,6 +204,7 @@ class PreparedCuda(Prepared):
 
 def prepare(
     dtype: torch.dtype,
+    tokens: int,
     U: Tensor,
     Vh: Tensor,
     d: Tensor,
@@ -215,10 +216,16 @@ def prepare(
     """The product by the backend that the policy chooses, or None where it has no prepared form.
 
     Args:
-        dtype: that of x, which the call need not have yet.
+        dtype, tokens: of x, a call that the ordinary path took; more tokens than the backend's own
+            kernel takes have no prepared form.
         U (m, r), Vh (r, n), d, base (r,), slot, bias, scale: as for ``library.product``.
     """
-    if U.device.type not in ("cpu", "cuda") or not U.numel():
+    device = U.device.type
+    if (dispatch.forced_backend() or dispatch.DEFAULTS.get(device)) not in ("native", "cuda"):
+        return None
+    if device not in ("cpu", "cuda") or not U.numel() or not tokens:
+        return None
+    if device == "cpu" and tokens > native.decode_tokens(dtype, U.dtype, _switches.batch_invariant):
         return None
     x = torch.empty((1, Vh.shape[1]), dtype=dtype, device=U.device)
     module = dispatch.choose(x, U, Vh.t(), d, base, slot, bias, scale).module

@@ -401,6 +401,16 @@ def test_a_bank_that_is_dropped_takes_its_arena_along():
     assert arena.expired()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_dtypes_with_and_without_a_kernel(dtype):
+    model, bank = build()
+    model.to(dtype)
+    with torch.no_grad(), bank.use(["a", None, "b"]):
+        y = model(X.to(dtype))
+        assert torch.equal(model(X.to(dtype)), y)
+        assert is_short(model.proj, X.to(dtype)) is (dtype is torch.float16)
+
+
 def test_many_shapes_are_forgotten_again():
     model, _ = build()
     own(model)

@@ -28,7 +28,7 @@ def launches(monkeypatch):
 
 
 def prepared_of(i, dtype):
-    return prepared.prepare(dtype, i.U, i.V.t(), i.d, i.base, i.slot, i.bias, i.scale)
+    return prepared.prepare(dtype, len(i.x), i.U, i.V.t(), i.d, i.base, i.slot, i.bias, i.scale)
 
 
 def known(numbers):
@@ -99,6 +99,16 @@ def test_the_native_bits_are_those_of_forward(dtype, slots, kind):
         product = prepared_of(i, dtype)
         y, _ = native.forward(*i.args())
         assert torch.equal(product(i.x, i.slot, i.d), y)
+
+
+@pytest.mark.skipif(native._MISSING is not None, reason=str(native._MISSING))
+def test_what_the_library_multiplies_has_no_prepared_form(monkeypatch):
+    i = testing.make_inputs(5, 24, 40, 16, dtype=torch.bfloat16)
+    assert prepared_of(i, torch.bfloat16) is not None
+    monkeypatch.setitem(native.DECODE_TOKENS, (torch.bfloat16, torch.bfloat16), 4)
+    assert prepared_of(i, torch.bfloat16) is None
+    with t2k.batch_invariant():
+        assert prepared_of(i, torch.bfloat16) is not None
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
