@@ -190,6 +190,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_shared(parser, device=True)
     add = parser.add_argument
     add("--quick", action="store_true", help="small layers, to rehearse on a CPU")
+    add("--groups", choices=tuple(GROUPS), nargs="+", default=list(GROUPS))
+    add("--no-mix", dest="mix", action="store_false", help="leave mixing out")
     add("--tokens", type=int, nargs="+", default=[1, 8, 32, 128], metavar="T")
     add("--dtypes", choices=DTYPES, nargs="+", default=list(DTYPES))
     add("--seconds", type=float, default=0.05, metavar="S", help="for each contestant (0.05)")
@@ -213,9 +215,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
-        rows += measure_mixing(device, args.quick, args.seconds)
-        print(*map(_format, rows), sep="\n", flush=True)
-        for name in GROUPS:
+        if args.mix:
+            rows += measure_mixing(device, args.quick, args.seconds)
+            print(*map(_format, rows), sep="\n", flush=True)
+        for name in args.groups:
             for dtype in args.dtypes:
                 for tokens in args.tokens:
                     found = measure_group(name, dtype, tokens, device, args.quick, args.seconds)

@@ -217,6 +217,23 @@ def decompose(run: Run) -> list[Command]:
     return [rehearsable(run, "bench_decompose.py", "--state", str(state))]
 
 
+def tune(run: Run) -> list[Command]:
+    """A table of tiles for this GPU, which the phases after it use; the next call goes on."""
+    made, copy = tuning(run.dry), "import shutil, sys; shutil.copy(*sys.argv[1:])"
+    sizes = "--rehearse --shapes 64x48 --tokens 1 --dtypes fp16" if run.dry else (
+        "--dtypes bf16 --minutes 7"
+    )  # fmt: skip
+    if run.dry:
+        made.unlink(missing_ok=True)
+    make = [sys.executable, "-m", "t2kernels.tune", "--out", str(made), *sizes.split()]
+    return [make, [sys.executable, "-c", copy, str(made), str(run.out / "tuning.json")]]
+
+
+def tuning(dry: bool) -> Path:
+    """Where the table is kept between calls."""
+    return WORK / ("tuning-rehearsal.json" if dry else "tuning.json")
+
+
 PHASES: dict[str, Callable[[Run], list[Command]]] = {
     "build": build,
     "test-gpu": test_gpu,
@@ -228,6 +245,7 @@ PHASES: dict[str, Callable[[Run], list[Command]]] = {
     "train": train,
     "step": step,
     "decompose": decompose,
+    "tune": tune,
     "compiled": compiled,
     "peers": peers,
     "sanitizer": sanitizer,
@@ -243,6 +261,8 @@ def environment(dry: bool) -> dict[str, str]:
     env["T2_BUILD_DIR"] = str(WORK / "cmake")
     env.setdefault("T2_REQUIRE_CUDA", "0" if dry else "1")
     env.setdefault("HF_HUB_OFFLINE", "1")
+    if not dry and tuning(dry).is_file():
+        env.setdefault("T2_TUNING", str(tuning(dry)))
     return env
 
 
@@ -304,16 +324,15 @@ def main() -> int:
         raise SystemExit(f"gpu: nothing is installed in {SITE}; run the phase 'build' first.")
     run = Run(options.out.resolve(), options.dry_run)
     run.out.mkdir(parents=True, exist_ok=True)
-    env = environment(run.dry)
 
     results: dict[str, dict[str, object]] = {}
     for name in names:
-        results[name] = execute(name, run, env)
+        results[name] = execute(name, run, environment(run.dry))
         # Without a build there is nothing to test; a red test does not hide the next phase.
         if name == "build" and results[name]["status"]:
             break
     failed = any(result["status"] for result in results.values())
-    found = probe(env)
+    found = probe(environment(run.dry))
     outcomes = evaluate(files(sorted(run.out.glob("*.json"))), any_device=run.dry)
     summary = {
         "dry_run": run.dry,

@@ -69,3 +69,16 @@ def test_the_sanitizer_says_why_it_does_nothing(capsys):
     if not sanitize.torch.cuda.is_available():
         assert sanitize.main([]) == 0
         assert "skipped, no CUDA kernels can run here" in capsys.readouterr().out
+
+
+def test_phases_after_tuning_use_its_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "WORK", tmp_path)
+    monkeypatch.delenv("T2_TUNING", raising=False)
+    assert "T2_TUNING" not in gpu.environment(dry=False)
+    (tmp_path / "tuning.json").write_text("{}")
+    assert gpu.environment(dry=False)["T2_TUNING"] == str(tmp_path / "tuning.json")
+    assert "T2_TUNING" not in gpu.environment(dry=True)
+    make, copy = gpu.tune(gpu.Run(tmp_path / "out", False))
+    assert make[make.index("--out") + 1] == copy[-2] and copy[-1] == str(
+        tmp_path / "out/tuning.json"
+    )
