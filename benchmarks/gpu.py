@@ -36,6 +36,7 @@ WORK = ROOT / ".gpu"
 SITE = WORK / "site"
 PHASE_SECONDS = 540
 MAX_FILES = 8
+BENCHMARKS = "tests/gpu/test_benchmarks.py"
 
 # Asked in a fresh interpreter, so that this one needs neither torch nor the package.
 PROBE = """
@@ -100,7 +101,12 @@ def pytest(*arguments: str) -> Command:
 
 def test_gpu(run: Run) -> list[Command]:
     """The tests that need a GPU, one process: they also take much of its memory."""
-    return [pytest("tests/gpu", "-v", "--durations=10")]
+    return [pytest("tests/gpu", f"--ignore={BENCHMARKS}", "-v", "--durations=10")]
+
+
+def test_bench(run: Run) -> list[Command]:
+    """Every benchmark at a small size, before time is spent on large ones."""
+    return [pytest(BENCHMARKS, "-v", "--durations=10")]
 
 
 def test_all(run: Run) -> list[Command]:
@@ -237,6 +243,7 @@ def tuning(dry: bool) -> Path:
 PHASES: dict[str, Callable[[Run], list[Command]]] = {
     "build": build,
     "test-gpu": test_gpu,
+    "test-bench": test_bench,
     "forms": forms,
     "decode": decode,
     "prefill": prefill,
