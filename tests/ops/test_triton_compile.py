@@ -67,6 +67,10 @@ def test_facts(arch: int, tmp_path: Path) -> None:
             wide = arch >= 90 and k["tile"] != "DECODE_16"
             if not k["wgmma" if wide else "mma_sync"]:
                 faults.append(f"{name}: no {'wgmma' if wide else 'mma.sync'}")
+        if k["overlap"] != ("overlap" in name):
+            faults.append(f"{name}: {k['overlap']} times griddepcontrol")
+        if k["dependent"] != ("overlap" in name and k["kernel"] == "delta"):
+            faults.append(f"{name}: launched as a programmatic dependent: {k['dependent']}")
         # fp32 is IEEE: tensor cores would mean tf32.
         if k["dtype"] == "fp32" and (k["wgmma"] or k["mma_sync"]):
             faults.append(f"{name}: fp32 on tensor cores")

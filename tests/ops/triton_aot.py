@@ -41,10 +41,11 @@ class Case:
     slots: bool = False
     factors: str | None = None
     even: bool = True  # the inner size is a multiple of the tile's
+    overlap: bool = False  # the delta form's two kernels, side by side
 
     @property
     def name(self) -> str:
-        marks = ["slots"] * self.slots + ["uneven"] * (not self.even)
+        marks = ["slots"] * self.slots + ["uneven"] * (not self.even) + ["overlap"] * self.overlap
         marks += [] if self.factors is None else [self.factors]
         return "-".join([self.kernel, self.dtype, self.tile, f"sm_{self.arch}", *marks])
 
@@ -61,6 +62,8 @@ class Facts:
     tma: int
     mma_sync: int
     cp_async: int
+    overlap: int  # what lets the next kernel begin, or waits for the last one
+    dependent: bool  # launched while the last one runs
 
 
 def _operand(tile: Any, pointer: str, block: tuple[int, int]) -> str:
@@ -126,12 +129,13 @@ def _arguments(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], dict[st
             "DESCRIPTORS": tile.descriptors,
             "PERSISTENT": tile.persistent,
             "INNER_FIRST": case.kernel == "expand_t",
-            "OFFSET": False,
+            "OFFSET": case.overlap,
+            "OVERLAP": case.overlap,
         }
         left = _operand(tile, x, (tile.tokens, tile.inner))
         right = _operand(tile, w, (tile.outputs, tile.inner))
         right_k = _operand(tile, w, (tile.inner, tile.outputs))
-        launch = config.options(tile)
+        launch = config.options(tile) | config.dependent(case.overlap and case.kernel == "delta")
         if case.kernel == "project":
             kernel = _forward.project_kernel
             types = {"x": left, "vh": right, "h_ptr": x, "hd_ptr": x, **diagonal}
@@ -194,6 +198,8 @@ def facts(case: Case) -> Facts:
         registers=usage["REG"],
         stack=usage["STACK"],
         local=usage["LOCAL"],
+        dependent=bool(compiled.metadata.launch_pdl),
+        overlap=len(re.findall(r"griddepcontrol", ptx)),
         tma=len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
         wgmma=len(re.findall(r"wgmma\.mma_async", ptx)),
         mma_sync=len(re.findall(r"\bmma\.sync", ptx)),
@@ -240,9 +246,7 @@ def few_cases(arch: int) -> list[Case]:
         Case("gradient", "bf16", big, arch),
         Case("expand", "bf16", big, arch),
         Case("expand_t", "fp16", big, arch),
-        Case("delta", "bf16", big, arch),
-        Case("delta", "bf16", "DECODE_16", arch),
-        Case("project", "bf16", "DECODE_16", arch, slots=True),
+        Case("delta", "bf16", big, arch, overlap=arch >= 90),
         Case("expand", "fp16", "DECODE_64", arch),
         Case("project", "bf16", "LARGE_8BIT", arch, slots=True, factors="int8"),
         Case("project", "bf16", "LARGE_8BIT", arch, slots=True, factors="fp8"),
@@ -262,7 +266,14 @@ def few_cases(arch: int) -> list[Case]:
             Case("expand", "bf16", "DECODE_16", arch, factors="fp8"),
             Case("mix", "bf16", "-", arch, slots=True),
             Case("gradient", "bf16", pointers, arch, slots=True),
-            Case("delta", "bf16", pointers, arch),
+            Case("delta", "bf16", pointers, arch, overlap=True),
+            Case("delta", "bf16", "DECODE_16", arch, overlap=True),
+            Case("project", "bf16", "DECODE_16", arch, slots=True, overlap=True),
+        ]
+    else:
+        cases += [
+            Case("delta", "bf16", "DECODE_16", arch),
+            Case("project", "bf16", "DECODE_16", arch, slots=True),
         ]
     return cases
 

@@ -1,7 +1,9 @@
 """y = x Wᵀ + (x V_k ⊙ (d_row - σ)) U_kᵀ + bias in two launches: k components on a stored weight.
 
 The first launch is ``project`` with k columns. The second walks the n columns of W and then the k
-columns of U_k into one accumulator, so that the sum is rounded once. See README.md.
+columns of U_k into one accumulator, so that the sum is rounded once. From compute capability 9.0 on
+it begins while the first still runs, which alone would leave most of a GPU idle at k columns. See
+README.md.
 """
 
 # Kernel arguments are typed by Triton, at the launch.
@@ -13,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from ._forward import project
 from .common import config
@@ -48,8 +51,10 @@ def delta_kernel(
     DESCRIPTORS: tl.constexpr,
     PERSISTENT: tl.constexpr,
     INNER_FIRST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """y = x Wᵀ + hd Uᵀ + bias, in tiles of (BLOCK_T tokens, BLOCK_OUT outputs)."""
+    """y = x Wᵀ + hd Uᵀ + bias, in tiles of (BLOCK_T tokens, BLOCK_OUT outputs). OVERLAP: launched
+    while ``project_kernel`` runs, this one walks W and only then waits for hd."""
     tiles_t, tiles_o = tl.cdiv(T, BLOCK_T), tl.cdiv(OUT, BLOCK_OUT)
     for tile in tl.range(
         tl.program_id(0), tiles_t * tiles_o, tl.num_programs(0), flatten=PERSISTENT
@@ -59,6 +64,8 @@ def delta_kernel(
         if DESCRIPTORS:
             t, o = tile_t * BLOCK_T, tile_o * BLOCK_OUT
             acc = walk_descriptors(acc, x, t, w, o, IN, ACC, BLOCK_INNER, INNER_FIRST, UPCAST)
+            if OVERLAP:
+                gdc_wait()
             acc = walk_descriptors(acc, hd, t, u, o, R, ACC, BLOCK_INNER, False, UPCAST)
         else:
             t = tile_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -67,6 +74,8 @@ def delta_kernel(
                 acc, x, stride_x, t, T, w, stride_w_inner, stride_w_out, o, OUT, IN,
                 ACC, BLOCK_INNER, EVEN_INNER, WEIGHTS_FIRST, UPCAST, BLOCKWISE,
             )  # fmt: skip
+            if OVERLAP:
+                gdc_wait()
             acc = walk(
                 acc, hd, R, t, T, u, 1, R, o, OUT, R,
                 ACC, BLOCK_INNER, EVEN_RANK, WEIGHTS_FIRST, UPCAST, BLOCKWISE,
@@ -100,7 +109,12 @@ def delta(
     if T == 0 or OUT == 0:
         return y
     hd = torch.empty((T, R), dtype=x.dtype, device=x.device)
-    project(x, V, d, base, slot, scale, h=None, hd=hd, batch_invariant=batch_invariant, offset=True)
+    # Only behind ``project`` itself: whatever ran before it must be done before x is read.
+    overlap = R > 0 and config.can_overlap(x.device)
+    project(
+        x, V, d, base, slot, scale, h=None, hd=hd, batch_invariant=batch_invariant, offset=True,
+        overlap=overlap,
+    )  # fmt: skip
     stored_as_inner_first = weight.stride(0) == 1 and weight.stride(1) != 1
     rows = weight.t() if stored_as_inner_first else weight
     tile = config.choose("delta", T, OUT, IN, x, U, batch_invariant=batch_invariant)
@@ -111,6 +125,7 @@ def delta(
         delta_kernel[config.grid(tile, T, OUT, x.device)](
             a, x.stride(0), w, weight.stride(1), weight.stride(0), left, right, bias, y,
             T, IN, R, OUT, **config.constants(tile, x, IN), EVEN_RANK=R % tile.inner == 0,
-            INNER_FIRST=stored_as_inner_first, **config.options(tile),
+            INNER_FIRST=stored_as_inner_first, OVERLAP=overlap,
+            **config.options(tile), **config.dependent(overlap),
         )  # fmt: skip
     return y

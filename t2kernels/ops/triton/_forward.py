@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from .common import config
 from .common.tiles import (
@@ -98,9 +99,13 @@ def project_kernel(
     DESCRIPTORS: tl.constexpr,
     PERSISTENT: tl.constexpr,
     OFFSET: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """h = x V, hd = h ⊙ d_row (OFFSET: h ⊙ (d_row - base)), in tiles of (BLOCK_T tokens, BLOCK_OUT
-    columns of h). Any tile may mix requests, and the grid depends on T alone."""
+    columns of h). Any tile may mix requests, and the grid depends on T alone. OVERLAP: the next
+    kernel may begin as soon as all programs of this one have."""
+    if OVERLAP:
+        gdc_launch_dependents()
     tiles_t, tiles_r = tl.cdiv(T, BLOCK_T), tl.cdiv(R, BLOCK_OUT)
     for tile in tl.range(
         tl.program_id(0), tiles_t * tiles_r, tl.num_programs(0), flatten=PERSISTENT
@@ -176,9 +181,11 @@ def project(
     hd: Tensor | None,
     batch_invariant: bool = False,
     offset: bool = False,
+    overlap: bool = False,
 ) -> None:
     """Write h = x V and hd = h ⊙ d_row into the given (T, r) arrays of x.dtype, whose rows may lie
-    apart; with ``offset`` hd = h ⊙ (d_row - base)."""
+    apart; with ``offset`` hd = h ⊙ (d_row - base). ``overlap``: the next kernel is launched as a
+    programmatic dependent and waits for this one itself."""
     T, IN = x.shape
     R = V.shape[1]
     if T == 0 or R == 0:
@@ -190,7 +197,7 @@ def project(
         project_kernel[config.grid(tile, T, R, x.device)](
             a, x.stride(0), b, d, d.stride(0) if d.dim() == 2 else 0, base, slot, scale,
             h, R if h is None else h.stride(0), hd, R if hd is None else hd.stride(0), T, IN, R,
-            **config.constants(tile, x, IN), OFFSET=offset,
+            **config.constants(tile, x, IN), OFFSET=offset, OVERLAP=overlap,
             **config.options(tile),
         )  # fmt: skip
 

@@ -130,6 +130,16 @@ def has_descriptors(device: torch.device) -> bool:
     return _capability(device.index) >= 9 if device.type == "cuda" else INTERPRETED
 
 
+def can_overlap(device: torch.device) -> bool:
+    """Whether a kernel can be launched as the programmatic dependent of the one before it."""
+    return device.type == "cuda" and _capability(device.index) >= 9
+
+
+def dependent(overlap: bool) -> dict[str, Any]:
+    """The launch option of a kernel that waits for the one before it by itself."""
+    return {"launch_pdl": True} if overlap else {}
+
+
 def with_descriptors(tile: Tile, *operands: Tensor) -> Tile:
     """``tile``, or the same with pointers where an operand does not suit the memory engine: it
     wants 16-bit elements here, no empty axis, and rows that start at multiples of 16 bytes."""
