@@ -187,7 +187,9 @@ class SVFLinear(Factored):
         if self._route is not None:
             self._route[0].note_layer_call()
         y = self._computed(x, form, d, slot)
-        self._settled = settle(self, x, form, d, slot)
+        outcome = settle(self, x, form, d, slot)
+        if outcome is not self._settled:  # nn.Module is slow to set an attribute
+            self._settled = outcome
         if d is not None and y.requires_grad and self._route is not None:
             self._route[0].guard(y)
         return y
