@@ -139,7 +139,14 @@ class QuantizedBaseLinear(SVFLinear):
                 "rows may depend on each other. Use the model unquantised, or without this mode."
             )
         # Not called as a module: its hooks are this layer's hooks and have run.
-        return cast(Tensor, self.base_layer.forward(x))
+        y = cast(Tensor, self.base_layer.forward(x))
+        if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
+            raise RuntimeError(
+                f"{self.quantized_base} gives no gradient to its input here, so those of the "
+                "layers before it would be wrong. bitsandbytes' 4-bit kernel for CPUs does so "
+                "after a call in eval mode: train a model that has not been called in it."
+            )
+        return y
 
     def _scaled(self, x: Tensor, d: Tensor, slot: Tensor | None) -> Tensor:
         if x.shape[-1] != self.in_features:

@@ -347,6 +347,19 @@ def test_four_bits_rearranged_for_the_cpu_are_refused():
         t2k.convert(base, rank=8, progress=False)
 
 
+def test_a_base_without_a_gradient_is_an_error(monkeypatch):
+    model = model_of(stand_in)
+    t2k.convert(model, rank=8, progress=False)
+    t2k.trainable(model)
+    plain = Linear8bitLt.forward
+    monkeypatch.setattr(Linear8bitLt, "forward", lambda self, x: plain(self, x).detach())
+    model[0](x_of())  # x wants none
+    with pytest.raises(RuntimeError, match="gives no gradient to its input"):
+        model(x_of())
+    with torch.no_grad():
+        model(x_of())
+
+
 def test_hooks_and_explain():
     base = model_of(stand_in)
     seen = []
