@@ -183,13 +183,19 @@ def rehearsable(run: Run, name: str, *arguments: str) -> Command:
 
 
 def parts(run: Run) -> list[Command]:
-    """Layers that share x as one call, mixing, and what Python costs."""
+    """Layers that share x as one call, mixing, what Python costs, a bank of many experts."""
     small = ["--tokens", "4", "--seconds", "0.01"]
     device = ["--device", "cpu", "--seconds", "0.01"] if run.dry else ["--device", "cuda"]
     result = ["--dtype", "bfloat16", "--json", str(run.out / "overhead.json")]
+    bank = ["--experts", "100", "--layers", "4", "--rounds", "5"]
+    if not run.dry:
+        bank = ["--experts", "10000", "--layers", "256", "--device", "cuda"]
+        bank += ["--backends", "cuda", "triton", "torch"]
     return [
         rehearsable(run, "bench_parts.py", *(small if run.dry else [])),
         script("bench_overhead.py", *device, *result),
+        script("bench_bank.py", *bank),
+        script("bench_bank.py", *bank, "--host"),
     ]
 
 
