@@ -61,8 +61,7 @@ class Settled:
     """The outcome of one call of a layer; see above. Made by ``settle``."""
 
     __slots__ = (
-        "_U", "_batch", "_bias", "_d", "_place", "_plan", "_product", "_rows", "_shape", "_sigma",
-        "_slot", "_z",
+        "_U", "_bias", "_d", "_place", "_plan", "_product", "_rows", "_sigma", "_slots_of", "_z",
     )  # fmt: skip
 
     def __init__(
@@ -83,9 +82,8 @@ class Settled:
         self._U, self._bias = layer._U, layer._parameters["bias"]
         self._z: Any = layer._z_seen  # a Watch where the layer's own z decides
         self._sigma = Watch(layer._S) if plan is None and d is not None else None
-        self._slot: Tensor | None = None
-        self._shape: torch.Size | None = None
-        self._batch: torch.Size | None = None
+        # (shapes of x and of the model's input, slots): one object, for threads that call at once.
+        self._slots_of: tuple[object, Tensor | None] = None, None
 
     def __call__(self, layer: SVFLinear, x: Tensor) -> Tensor | None:
         """y, or None where the layer has to decide."""
@@ -124,10 +122,11 @@ class Settled:
     def _slots(self, x: Tensor, plan: Plan, batch: Tensor | None) -> Tensor:
         """The slot of every token, which follows from the plan and two shapes."""
         shapes = x.shape, None if batch is None else batch.shape
-        if (self._shape, self._batch) != shapes or self._slot is None:
-            self._slot = plan.token_slots(x, batch)
-            self._shape, self._batch = shapes
-        return self._slot
+        known, slot = self._slots_of
+        if slot is None or known != shapes:
+            slot = plan.token_slots(x, batch)
+            self._slots_of = shapes, slot
+        return slot
 
 
 def settle(

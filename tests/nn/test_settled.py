@@ -425,6 +425,6 @@ def test_a_slot_outside_of_the_table_is_named():
     with torch.no_grad(), bank.use(["a", "b", "a"]):
         model(X), model(X)
         settled = model.proj._settled
-        settled._slot.fill_(4096)
+        settled._slots_of[1].fill_(4096)
         with pytest.raises(ValueError, match="slot"):
             model(X)
