@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._forward import expand, project
 from .common import config
-from .common.tiles import diagonal_tile, halves, product_tile, store_tile, tile_index
+from .common.tiles import diagonal_tile, halves, own_tiles, product_tile, store_tile, tile_index
 
 # Rows per step and columns per program of the two reductions.
 REDUCE_ROWS = 32
@@ -141,9 +141,8 @@ def gradient_kernel(
 ):
     """gu = g U and what follows from it, in tiles of (BLOCK_T tokens, BLOCK_OUT columns of gu)."""
     tiles_t, tiles_r = tl.cdiv(T, BLOCK_T), tl.cdiv(R, BLOCK_OUT)
-    for tile in tl.range(
-        tl.program_id(0), tiles_t * tiles_r, tl.num_programs(0), flatten=PERSISTENT
-    ):
+    first, last, step = own_tiles(tiles_t * tiles_r, PERSISTENT)
+    for tile in tl.range(first, last, step, flatten=PERSISTENT):
         tile_t, tile_r = tile_index(tile, tiles_t, tiles_r, GROUP)
         acc = product_tile(
             g, stride_g, tile_t * BLOCK_T, T, u, R, 1, tile_r * BLOCK_OUT, R, OUT,

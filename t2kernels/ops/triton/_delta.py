@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from ._forward import project
 from .common import config
-from .common.tiles import empty_tile, store_output, tile_index, walk, walk_descriptors
+from .common.tiles import empty_tile, own_tiles, store_output, tile_index, walk, walk_descriptors
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -56,9 +56,8 @@ def delta_kernel(
     """y = x Wᵀ + hd Uᵀ + bias, in tiles of (BLOCK_T tokens, BLOCK_OUT outputs). OVERLAP: launched
     while ``project_kernel`` runs, this one walks W and only then waits for hd."""
     tiles_t, tiles_o = tl.cdiv(T, BLOCK_T), tl.cdiv(OUT, BLOCK_OUT)
-    for tile in tl.range(
-        tl.program_id(0), tiles_t * tiles_o, tl.num_programs(0), flatten=PERSISTENT
-    ):
+    first, last, step = own_tiles(tiles_t * tiles_o, PERSISTENT)
+    for tile in tl.range(first, last, step, flatten=PERSISTENT):
         tile_t, tile_o = tile_index(tile, tiles_t, tiles_o, GROUP)
         acc = empty_tile(ACC, BLOCK_T, BLOCK_OUT, WEIGHTS_FIRST)
         if DESCRIPTORS:

@@ -19,6 +19,7 @@ from .common import config
 from .common.tiles import (
     diagonal_tile,
     halves,
+    own_tiles,
     product_tile,
     store_output,
     store_tile,
@@ -107,9 +108,8 @@ def project_kernel(
     if OVERLAP:
         gdc_launch_dependents()
     tiles_t, tiles_r = tl.cdiv(T, BLOCK_T), tl.cdiv(R, BLOCK_OUT)
-    for tile in tl.range(
-        tl.program_id(0), tiles_t * tiles_r, tl.num_programs(0), flatten=PERSISTENT
-    ):
+    first, last, step = own_tiles(tiles_t * tiles_r, PERSISTENT)
+    for tile in tl.range(first, last, step, flatten=PERSISTENT):
         tile_t, tile_r = tile_index(tile, tiles_t, tiles_r, GROUP)
         acc = product_tile(
             x, stride_x, tile_t * BLOCK_T, T, vh, 1, IN, tile_r * BLOCK_OUT, R, IN,
@@ -153,9 +153,8 @@ def expand_kernel(
     """y = A B + bias: (h ⊙ d) Uᵀ in the forward pass, (gu ⊙ d) Vᵀ in the backward pass, in tiles of
     (BLOCK_T tokens, BLOCK_OUT outputs)."""
     tiles_t, tiles_o = tl.cdiv(T, BLOCK_T), tl.cdiv(OUT, BLOCK_OUT)
-    for tile in tl.range(
-        tl.program_id(0), tiles_t * tiles_o, tl.num_programs(0), flatten=PERSISTENT
-    ):
+    first, last, step = own_tiles(tiles_t * tiles_o, PERSISTENT)
+    for tile in tl.range(first, last, step, flatten=PERSISTENT):
         tile_t, tile_o = tile_index(tile, tiles_t, tiles_o, GROUP)
         acc = product_tile(
             a, stride_a, tile_t * BLOCK_T, T,

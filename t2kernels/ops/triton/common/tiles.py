@@ -29,6 +29,20 @@ def tile_index(pid, tile_rows, tile_cols, GROUP: tl.constexpr):
 
 
 @triton.jit
+def own_tiles(tiles, PERSISTENT: tl.constexpr):
+    """First, last and step of the tiles of this program; without PERSISTENT one, in a loop that the
+    compiler takes away (left standing, it costs registers)."""
+    first = tl.program_id(0)
+    if PERSISTENT:
+        last = tiles
+        step = tl.num_programs(0)
+    else:
+        last = first + 1
+        step = 1
+    return first, last, step
+
+
+@triton.jit
 def widened(b, dtype: tl.constexpr):
     """Weights in the activations' dtype: 8-bit integers, floats of any kind, or uint8 patterns of
     fp8 (e4m3fn, read as finite), whose bits as fp16 say 2^-8 of the value, subnormals too."""
