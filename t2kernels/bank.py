@@ -130,7 +130,8 @@ class ExpertBank:
                 "overwrite=True."
             )
         fitted = expert.fitted(self._layers, allow_mismatch=allow_mismatch)
-        z = torch.cat([fitted.get(n, torch.ones(layer.rank)) for n, layer in self._layers.items()])
+        ranks = {n: layer.rank for n, layer in self._layers.items()}
+        z = torch.cat([fitted.get(n, torch.ones(r, device="cpu")) for n, r in ranks.items()])
         before = self._entries.get(name)
         row = self._table.put(z, self._mixer.device, None if before is None else before.row)
         position = next(self._positions) if before is None else before.position
@@ -257,7 +258,8 @@ class ExpertBank:
         self._mixer.write(arena, distinct, mixture, op="ExpertBank.use", requests=first)
         if slot is None and (single or len(requests) == 1):
             return Plan("uniform", (mixture, (self._content(weights[0]),)), 1, arena)
-        rows = torch.tensor([distinct.index(w) if w else -1 for w in weights], dtype=torch.int32)
+        places = [distinct.index(w) if w else -1 for w in weights]
+        rows = torch.tensor(places, dtype=torch.int32, device="cpu")
         return self._rows_plan(key, arena, rows, slot)
 
     def _plan_alpha(self, alpha: Tensor, slot: Tensor | None, mixture: str) -> Plan:
@@ -281,7 +283,7 @@ class ExpertBank:
         if alpha.requires_grad or mixture != "deviation":
             Z = self._mixer.vectors(self.names)
             check_defined("ExpertBank.use", self._layers, Z, alpha, mixture, range(B))
-        rows = torch.arange(B, dtype=torch.int32)
+        rows = torch.arange(B, dtype=torch.int32, device="cpu")
         uniform = B == 1 and slot is None  # one request: nothing to tell apart
         if alpha.requires_grad:
             key = object()

@@ -171,7 +171,7 @@ class Expert:
                     f"this expert has {z.shape[0]} values for layer {name!r}, which has rank "
                     f"{rank}. It was made for another model or rank.{remedy}"
                 )
-            out[name] = torch.cat([z, torch.ones(rank - z.shape[0])])
+            out[name] = torch.cat([z, torch.ones(rank - z.shape[0], device=z.device)])
         return out
 
     @torch.no_grad()

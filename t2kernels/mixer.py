@@ -65,9 +65,9 @@ class Mixer:
         self._layers, self._entries, self._table = layers, entries, table
         ranks = [layer.rank for layer in layers.values()]
         self.width, self._longest = sum(ranks), max(ranks)
-        self._offsets = torch.tensor([0, *itertools.accumulate(ranks)])
+        self._offsets = torch.tensor([0, *itertools.accumulate(ranks)], device="cpu")
         self._seen: list[tuple[Tensor, int]] = []
-        self._S = torch.empty(0)
+        self._S = torch.empty(0, device="cpu")
 
     @property
     def device(self) -> torch.device:
@@ -201,7 +201,7 @@ class Arenas:
         """The arena of this depth, with room for ``slots``."""
         depth = self._depth
         while len(self._arenas) <= depth:
-            self._arenas.append(torch.empty(0, self._width))
+            self._arenas.append(torch.empty(0, self._width, device="cpu"))
         arena = self._arenas[depth]
         if arena.shape[0] < slots or arena.device != device:
             # A larger arena is another shape to a compiler, so there is room for most batches.

@@ -27,7 +27,7 @@ def ordered(device: torch.device) -> bool:
 
 def sent(values: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of ``values`` on ``device``, in the order of the current stream; nobody waits."""
-    host = torch.tensor(values, dtype=dtype)
+    host = torch.tensor(values, dtype=dtype, device="cpu")
     if device.type != "cuda":
         return host.to(device)
     # torch's allocator keeps the pinned memory until the copy has run.

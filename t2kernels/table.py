@@ -48,7 +48,7 @@ class ExpertTable:
                 )
         self.width, self.dtype, self.host = width, dtype, host
         self._cache_rows, self._capacity = cache, capacity
-        self._rows = torch.empty(0, width, dtype=dtype)
+        self._rows = torch.empty(0, width, dtype=dtype, device="cpu")
         self._used = 0  # rows that were ever used; no mixture may name one beyond
         self._free: list[int] = []
         self._order, self._lock = StreamOrder(), OwnLock()
@@ -97,7 +97,8 @@ class ExpertTable:
         with self._lock:
             self._follow(device)
             with self._order.reading(self._rows.device):
-                z = self._rows[torch.tensor(list(rows), dtype=torch.int64)].to(device)
+                index = torch.tensor(list(rows), dtype=torch.int64, device="cpu")
+                z = self._rows[index].to(device)
             return z if self.dtype == torch.float32 else z.float() + 1
 
     @contextmanager
@@ -131,7 +132,7 @@ class ExpertTable:
             if not self.host:
                 return torch.empty(rows, self.width, dtype=self.dtype, device=device)
             pinned = device.type == "cuda"
-            return torch.empty(rows, self.width, dtype=self.dtype, pin_memory=pinned)
+            return torch.empty(rows, self.width, dtype=self.dtype, device="cpu", pin_memory=pinned)
 
     @torch.no_grad()
     def _grow(self, device: torch.device) -> None:

@@ -51,7 +51,9 @@ def check_belongs(weight: Tensor, factors: Factors, room: float = 0.05) -> None:
         return  # the constructor names the shapes
     room = max(room, 0.1) if isinstance(factors, QuantizedFactors) else room
     f = dequantize(factors) if isinstance(factors, QuantizedFactors) else factors
-    mix = torch.randn(f.S.shape[0], generator=torch.Generator().manual_seed(0)).to(f.S)
+    mix = torch.randn(
+        f.S.shape[0], generator=torch.Generator("cpu").manual_seed(0), device="cpu"
+    ).to(f.S)
     W = weight.to(f.S.device, torch.float32)
     left = W.t() @ (f.U.float() @ mix.float())
     right = f.V.float() @ (f.S.float() * mix.float())

@@ -164,8 +164,8 @@ def forward(
     m, r = U.shape
     if _by_library(tokens, x.dtype, U.dtype, batch_invariant):
         return _forward_library(x, U, V, d, base, slot, bias, scale, save_h)
-    y = torch.empty((tokens, m), dtype=x.dtype)
-    h = torch.empty((tokens, r), dtype=x.dtype) if save_h else None
+    y = torch.empty((tokens, m), dtype=x.dtype, device="cpu")
+    h = torch.empty((tokens, r), dtype=x.dtype, device="cpu") if save_h else None
     _native.svf_forward(
         x.data_ptr(),
         x.stride(0),
@@ -213,7 +213,7 @@ def forward_group(
         h = _product(x, V)
         _scale_rows(h, h, d, base, slot, scale)
         return [_expand(h[:, c], U, bias) for U, bias, c in zip(Us, biases, columns(Us))]
-    ys = [torch.empty((tokens, U.shape[0]), dtype=x.dtype) for U in Us]
+    ys = [torch.empty((tokens, U.shape[0]), dtype=x.dtype, device="cpu") for U in Us]
     _native.svf_group(
         x.data_ptr(),
         x.stride(0),
@@ -266,7 +266,7 @@ def backward(
         h = _product(x, V)
     if need_dd and h is not None and h.shape[1] > 1 and h.stride(1) != 1:
         h = h.contiguous()
-    dd = torch.empty(d.shape, dtype=torch.float32) if need_dd else None
+    dd = torch.empty(d.shape, dtype=torch.float32, device="cpu") if need_dd else None
     # An empty table has no address; it means "every row uses base", not "no diagonal".
     d_address = d.data_ptr() or base.data_ptr()
     _native.backward_rows(
@@ -327,7 +327,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x = x.contiguous()
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device="cpu")
     code = TYPE_CODES[x.dtype]
     _native.linear(
         x.data_ptr(),
@@ -410,9 +410,13 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     stored = b.t() if by_columns else b
     rows, cols = stored.shape
     step = max(1, min(rows, DEQUANTISE_ELEMENTS // cols))
-    buffer = torch.empty((step, cols), dtype=a.dtype)
-    out = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype)
-    total = None if by_columns else torch.zeros((a.shape[0], b.shape[1]), dtype=torch.float32)
+    buffer = torch.empty((step, cols), dtype=a.dtype, device="cpu")
+    out = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device="cpu")
+    total = (
+        None
+        if by_columns
+        else torch.zeros((a.shape[0], b.shape[1]), dtype=torch.float32, device="cpu")
+    )
     for begin in range(0, rows, step):
         piece = buffer[: min(step, rows - begin)]
         end = begin + piece.shape[0]
