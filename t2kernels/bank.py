@@ -172,6 +172,9 @@ class ExpertBank:
         ``admit`` that names them; on a GPU beside what runs there. Without ``host`` all are there.
         """
         rows = []
+        if not isinstance(names, Iterable):
+            got = type(names).__name__
+            raise TypeError(f"ExpertBank.prefetch: names must be a list of names, got {got}.")
         for name in [names] if isinstance(names, str) else names:
             self._known(name)
             rows.append(self._entries[name].row)
@@ -248,7 +251,7 @@ class ExpertBank:
         requests: list[Any] = [routing] if single else list(routing)  # type: ignore[arg-type]
         if not requests:
             raise ValueError("ExpertBank.use: routing is an empty list; name one entry per row.")
-        weights = [self._weights(entry, mixture) for entry in requests]
+        weights = [self._weights(entry, mixture, "ExpertBank.use") for entry in requests]
         distinct = list(dict.fromkeys(w for w in weights if w))
         key = (mixture, tuple(self._content(w) for w in weights))
         if not distinct:
@@ -320,9 +323,9 @@ class ExpertBank:
         key = (key, slot.cpu().numpy().tobytes())
         return Plan("rows", key, rows.shape[0], arena, rows, with_base[slot.long()])
 
-    def _weights(self, entry: Mixture, mixture: str) -> Weights:
+    def _weights(self, entry: Mixture, mixture: str, op: str) -> Weights:
         """A request's mixture as ((name, weight), ...) in the bank's order; () is the base."""
-        given = weights_of(entry, self._known)
+        given = weights_of(entry, self._known, op)
         if mixture == "deviation":
             given = {n: w for n, w in given.items() if w != 0}
         return tuple(sorted(given.items(), key=lambda item: self._entries[item[0]].position))
@@ -356,7 +359,7 @@ class ExpertBank:
                 "ExpertBank.merge: one name or {name: weight}; a merged model has one expert for "
                 f"all rows. Got {type(routing).__name__}."
             )
-        weights = self._weights(routing, mixture)
+        weights = self._weights(routing, mixture, "ExpertBank.merge")
         if not weights:
             self.unmerge()
             return

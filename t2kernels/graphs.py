@@ -51,7 +51,7 @@ class StepGraphs:
         slots = bank.slots(64, batch=32)
         graphs = t2k.StepGraphs(step, {"ids": ids}, batches=(1, 8, 32), slots=slots)
         slots.admit(5, {"math": 0.7, "code": 0.3})
-        slots.assign([5, None, 2])
+        slots.assign([5, None, 5])
         logits = graphs(ids=ids_of_three_rows)
     """
 

@@ -17,27 +17,35 @@ Mixture = str | Mapping[str, float] | None
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def weights_of(entry: Mixture, known: Callable[[object], None]) -> dict[str, float]:
-    """{name: weight} of one request; {} is the base. ``known`` raises for unknown names."""
+def shown(value: object) -> str:
+    """``value`` in a message: no int of a thousand digits."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an int of {value.bit_length()} bits"
+    return repr(value)
+
+
+def weights_of(entry: Mixture, known: Callable[[object], None], op: str) -> dict[str, float]:
+    """{name: weight} of one request; {} is the base. ``known`` raises for unknown names.
+
+    op: the caller, for messages.
+    """
     if entry is None:
         return {}
     if isinstance(entry, str):
         entry = {entry: 1.0}
     if not isinstance(entry, Mapping):
         raise TypeError(
-            "ExpertBank.use: a request's entry must be a name, a {name: weight} or None, got "
+            f"{op}: a request's entry must be a name, a {{name: weight}} or None, got "
             f"{type(entry).__name__}."
         )
     for name, weight in entry.items():
         known(name)
         if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
-            raise TypeError(
-                f"ExpertBank.use: the weight of {name!r} must be a number, got {weight!r}."
-            )
+            raise TypeError(f"{op}: the weight of {name!r} must be a number, got {weight!r}.")
         if not abs(weight) <= _LARGEST:
             raise ValueError(
-                f"ExpertBank.use: the weight of {name!r} is {weight}; give a finite number that "
-                "fp32 can hold."
+                f"{op}: the weight of {name!r} is {shown(weight)}; give a finite number that fp32 "
+                "can hold."
             )
     return {name: float(weight) for name, weight in entry.items()}
 

@@ -8,17 +8,18 @@ serves every later mixture, expert and routing as it is (``graphs.StepGraphs``).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .diagonal import MIXTURES
-from .mixtures import Mixture, check_defined
+from .mixtures import Mixture, check_defined, shown
 from .nn.routing import Plan
-from .streams import OwnLock, StreamOrder, sent
+from .streams import OwnLock, StreamOrder, ThreadOrder, sent
 
 if TYPE_CHECKING:
     from .bank import ExpertBank
@@ -44,8 +45,10 @@ class Slots:
 
     ``admit``, ``release`` and ``assign`` enqueue on the current CUDA stream and wait, on the
     device, for what runs in ``use`` blocks and in replays of ``StepGraphs`` on other streams; these
-    wait for the last of them. Two streams may read at once. Several threads may call them; experts
-    are added to the bank by one.
+    wait for the last of them. Two streams may read at once. Several threads may call them: a call
+    waits, on the host, until no other thread is inside a ``use`` block or a replay, so that a step
+    is computed under one routing; after ``ThreadOrder.PATIENCE`` seconds it raises RuntimeError.
+    The thread that is inside may call them at once. Experts are added to the bank by one thread.
 
     >>> import torch, t2kernels as t2k
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
@@ -66,9 +69,11 @@ class Slots:
     def __init__(self, bank: ExpertBank, count: int, batch: int) -> None:
         for name, value in (("count", count), ("batch", batch)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"ExpertBank.slots: {name} must be an int ≥ 1, got {value!r}.")
+                got = shown(value)
+                raise ValueError(f"ExpertBank.slots: {name} must be an int ≥ 1, got {got}.")
         self._bank, self._mixer = bank, bank._mixer
-        self._order, self._lock = StreamOrder(), OwnLock()
+        # The streams', the threads', and the plans'.
+        self._order, self._threads, self._lock = StreamOrder(), ThreadOrder(), OwnLock()
         device = self._mixer.device
         with torch.inference_mode(False):
             self.arena = torch.full((count, self._mixer.width), float("nan"), device=device)
@@ -110,11 +115,11 @@ class Slots:
         Raises for a slot that does not exist, as ``ExpertBank.use`` does for a routing, and when
         the model was moved.
         """
-        self._check([slot], "admit", mixture)
+        (slot,) = self._checked([slot], "admit", mixture)
         if not isinstance(routing, Tensor):
             self.admit_all({slot: routing}, mixture=mixture)
             return
-        with torch.inference_mode(False), torch.no_grad(), self._lock:
+        with self._writing("admit"):
             alpha = self._alpha(routing, mixture)
             with self._order.writing(self.arena.device):
                 self._mixer.write_alpha(self.arena[slot : slot + 1], alpha, mixture)
@@ -127,10 +132,9 @@ class Slots:
         if not isinstance(routings, Mapping):
             got = type(routings).__name__
             raise TypeError(f"Slots.admit_all: expected {{slot: routing}}, got {got}.")
-        slots = list(routings)
-        self._check(slots, "admit", mixture)
-        with torch.inference_mode(False), torch.no_grad(), self._lock:
-            weights = [self._bank._weights(entry, mixture) for entry in routings.values()]
+        slots = self._checked(routings, "admit", mixture)
+        with self._writing("admit"):
+            weights = [self._bank._weights(r, mixture, "Slots.admit") for r in routings.values()]
             with self._order.writing(self.arena.device):
                 # No expert is the base in every form. What can be refused comes first.
                 forms = [mixture if w else "deviation" for w in weights]
@@ -148,8 +152,8 @@ class Slots:
 
     def release(self, slot: int) -> None:
         """Free a slot. Its values are gone at once; no row may be assigned to it."""
-        self._check([slot], "release")
-        with self._lock:
+        (slot,) = self._checked([slot], "release")
+        with self._writing("release"):
             if slot not in self._admitted:
                 raise ValueError(f"Slots.release: nobody was admitted to slot {slot}.")
             if slot in self._assigned:
@@ -157,7 +161,7 @@ class Slots:
                     f"Slots.release: row {self._assigned.index(slot)} is assigned to slot {slot}. "
                     "Assign the rows anew first."
                 )
-            with torch.inference_mode(False), self._order.writing(self.arena.device):
+            with self._order.writing(self.arena.device):
                 self.arena[slot].fill_(float("nan"))
             self._admitted.discard(slot)
             self._note_writing()
@@ -165,7 +169,8 @@ class Slots:
     def assign(self, slots: Sequence[int | None]) -> None:
         """Say which slot each row of the batch uses; None or -1 is the base, as are rows beyond.
 
-        Written in place, in order with what reads it on any stream.
+        Written in place, in order with what reads it on any stream and in any thread. Raises for a
+        slot that nobody was admitted to, and as ``admit`` does.
         """
         if isinstance(slots, (str, Tensor)) or not isinstance(slots, Sequence):
             raise TypeError(
@@ -177,20 +182,22 @@ class Slots:
                 f"Slots.assign: {len(slots)} rows, but the batch has at most {self.batch}. "
                 "Make the slots with a larger batch=."
             )
-        with self._lock:
-            new = [BASE if slot is None else slot for slot in slots]
+        self._check_model("assign")
+        new = []
+        for row, entry in enumerate(slots):
+            number = BASE if entry is None else _index(entry)
+            if number is None:
+                raise TypeError(f"Slots.assign: row {row} must be an int or None, got {entry!r}.")
+            new.append(number)
+        with self._writing("assign"):
             for row, slot in enumerate(new):
-                if isinstance(slot, bool) or not isinstance(slot, int):
-                    raise TypeError(
-                        f"Slots.assign: row {row} must be an int or None, got {slot!r}."
-                    )
                 if slot != BASE and slot not in self._admitted:
                     raise ValueError(
-                        f"Slots.assign: row {row} names slot {slot}, to which nobody was admitted. "
-                        "Call admit first."
+                        f"Slots.assign: row {row} names slot {shown(slot)}, to which nobody was "
+                        "admitted. Call admit first."
                     )
             new += [BASE] * (self.batch - len(new))
-            with torch.inference_mode(False), self._order.writing(self.rows.device):
+            with self._order.writing(self.rows.device):
                 self.rows.copy_(sent(new, torch.int32, self.rows.device))
                 for plan in self._plans.values():
                     plan.refresh()
@@ -202,7 +209,9 @@ class Slots:
     def use(self, batch: int | None = None) -> Iterator[None]:
         """Inside, row i of a batch of ``batch`` rows (default: all) uses the slot assigned to it.
 
-        The routing may be assigned anew inside. May be nested with ``bank.use``; the inner decides.
+        The routing may be assigned anew inside, by the thread that is inside; others wait until the
+        block is left. The block belongs to the stream and the thread that entered it. May be nested
+        with ``bank.use``; the inner decides.
         """
         plan = self.plan(self.batch if batch is None else batch)
         self.check_ready()
@@ -212,14 +221,13 @@ class Slots:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Inside, the current stream may enqueue work that reads the slots, such as a replay."""
-        with self._order.reading(self.arena.device):
+        with self._threads.reading("Slots.use"), self._order.reading(self.arena.device):
             yield
 
     def check_ready(self) -> None:
         """Raise where a batch would not be computed under these slots: the model was reverted or
         moved, or an expert is merged."""
-        self._bank._check_model()
-        self._check_device("use")
+        self._check_model("use")
         if self._bank._route.merged is not None:
             raise RuntimeError("Slots.use: an expert is merged; call bank.unmerge() first.")
 
@@ -227,7 +235,7 @@ class Slots:
         """The plan of batches of this size: one object for ever, its rows a view of ``rows``."""
         if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= self.batch:
             raise ValueError(
-                f"Slots.use: batch must be an int from 1 to {self.batch}, got {batch!r}."
+                f"Slots.use: batch must be an int from 1 to {self.batch}, got {shown(batch)}."
             )
         with self._lock, torch.inference_mode(False):
             if batch not in self._plans:
@@ -238,6 +246,16 @@ class Slots:
             return self._plans[batch]
 
     # -- helpers -------------------------------------------------------------------------------
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """Inside, this thread alone changes what the slots hold, or reads it."""
+        # The lock second: the thread that is waited for may make a plan.
+        with (
+            self._threads.writing(f"Slots.{what}"), self._lock,
+            torch.inference_mode(False), torch.no_grad(),
+        ):  # fmt: skip
+            yield
 
     def _note_writing(self) -> None:
         """A result that a layer keeps for its neighbour is none of the new mixture."""
@@ -261,18 +279,24 @@ class Slots:
             check_defined("Slots.admit", self._bank._layers, Z, alpha, mixture, [0])
         return alpha
 
-    def _check(self, slots: Sequence[object], what: str, mixture: str = "deviation") -> None:
+    def _checked(self, slots: Iterable[object], what: str, mixture: str = "deviation") -> list[int]:
+        """The numbers of existing slots."""
+        numbers = []
         for slot in slots:
-            if isinstance(slot, bool) or not isinstance(slot, int):
+            number = _index(slot)
+            if number is None:
                 raise TypeError(f"Slots.{what}: slot must be an int, got {type(slot).__name__}.")
-            if not 0 <= slot < len(self):
-                raise ValueError(f"Slots.{what}: slot must lie in [0, {len(self)}), got {slot}.")
+            if not 0 <= number < len(self):
+                got = shown(number)
+                raise ValueError(f"Slots.{what}: slot must lie in [0, {len(self)}), got {got}.")
+            numbers.append(number)
         if mixture not in MIXTURES:
             raise ValueError(f"Slots.{what}: mixture must be one of {MIXTURES}, got {mixture!r}.")
-        self._bank._check_model()
-        self._check_device(what)
+        self._check_model(what)
+        return numbers
 
-    def _check_device(self, what: str) -> None:
+    def _check_model(self, what: str) -> None:
+        self._bank._check_model()
         if self._mixer.device != self.arena.device:
             raise RuntimeError(
                 f"Slots.{what}: the model is on {self._mixer.device}, these slots are on "
@@ -281,3 +305,13 @@ class Slots:
 
     def __repr__(self) -> str:
         return f"Slots({len(self._admitted)} of {len(self)} taken, batches up to {self.batch})"
+
+
+def _index(value: Any) -> int | None:
+    """An int of any kind, such as numpy's; None for all else. A tensor may cost a wait."""
+    if isinstance(value, (bool, Tensor)):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None

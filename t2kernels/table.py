@@ -41,6 +41,8 @@ class ExpertTable:
     ) -> None:
         if dtype not in DTYPES:
             raise TypeError(f"ExpertBank: dtype must be one of {DTYPES}, got {dtype}.")
+        if not isinstance(host, bool):
+            raise TypeError(f"ExpertBank: host must be True or False, got {host!r}.")
         for name, value, least in (("cache", cache, 1), ("capacity", capacity, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(

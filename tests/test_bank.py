@@ -379,6 +379,11 @@ def test_states_that_exclude_each_other(model, bank):
         pass
 
 
+def test_prefetch_wants_names(bank):
+    with pytest.raises(TypeError, match=r"prefetch: names must be a list of names, got int"):
+        bank.prefetch(3)
+
+
 def test_a_bank_needs_a_converted_model():
     with pytest.raises(ValueError, match=r"t2kernels.convert\(model\)"):
         t2k.ExpertBank(Tiny())

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import threading
+from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
 
 import t2kernels as t2k
+from t2kernels.streams import ThreadOrder
 
 
 class Tiny(nn.Module):
@@ -223,6 +227,14 @@ WRONG: list[tuple[str, tuple[Any, ...], type[Exception], str]] = [
     ("admit_all", ({2: "math"},), ValueError, r"slot must lie in \[0, 2\), got 2"),
     ("admit_all", (["math"],), TypeError, r"expected {slot: routing}, got list"),
     ("release", ("0",), TypeError, "slot must be an int, got str"),
+    ("admit", (10**9000, "math"), ValueError, r"got an int of 29898 bits"),
+    ("admit", (torch.tensor(0), "math"), TypeError, "slot must be an int, got Tensor"),
+    ("admit", ([0], "math"), TypeError, "slot must be an int, got list"),
+    ("admit", (0, {"math": 10**9000}), ValueError, r"Slots\.admit: .* is an int of 29898 bits;"),
+    ("admit", (0, {"math": "1"}), TypeError, r"Slots\.admit: the weight of 'math' must be"),
+    ("admit", (0, 3), TypeError, r"Slots\.admit: a request's entry must be"),
+    ("assign", ([10**9000],), ValueError, "names slot an int of 29898 bits, to which nobody"),
+    ("assign", ([0.0],), TypeError, "row 0 must be an int or None, got 0.0"),
     ("assign", ([0, 0, 0],), ValueError, "3 rows, but the batch has at most 2"),
     ("assign", (["math"],), TypeError, "row 0 must be an int or None, got 'math'"),
     ("assign", (torch.zeros(2),), TypeError, "expected a list"),
@@ -267,7 +279,11 @@ def test_merged_and_reverted_models_are_refused(bank: t2k.ExpertBank) -> None:
         pass
     bank.unmerge()
     t2k.revert(bank.model)
-    for call in (lambda: slots.admit(0, "math"), lambda: slots.use().__enter__()):
+    calls = [
+        lambda: slots.admit(0, "math"), lambda: slots.assign([]), lambda: slots.release(0),
+        lambda: slots.use().__enter__(),
+    ]  # fmt: skip
+    for call in calls:
         with pytest.raises(RuntimeError, match="was reverted"):
             call()
 
@@ -306,6 +322,87 @@ def test_caches_are_tied_to_the_slots_not_to_who_sits_in_them(bank: t2k.ExpertBa
     for block in (others.use(1), own.use("math")):
         with block, pytest.raises(RuntimeError, match="under other experts"):
             model(X[:1], cache=cache)
+
+
+def test_a_step_in_progress_sees_no_write_of_another_thread(bank: t2k.ExpertBank) -> None:
+    """Else the first layer would be computed under one expert and the second under another."""
+    slots, threads = bank.slots(2), []
+    slots.admit_all({0: "math", 1: "code"})
+    slots.assign([0])
+
+    def write(*_: Any) -> None:
+        threads.append(threading.Thread(target=slots.assign, args=([1],)))
+        threads.append(threading.Thread(target=slots.admit, args=(0, "prose")))
+        for thread in threads:
+            thread.start()
+            thread.join(0.2)
+
+    handle = bank.model.down.register_forward_pre_hook(write)
+    y = served(bank, slots, X[:1])
+    handle.remove()
+    for thread in threads:
+        thread.join()
+    torch.testing.assert_close(y, used(bank, "math", X[:1]))
+    assert slots.assigned == [1, -1]
+    torch.testing.assert_close(served(bank, slots, X[:1]), used(bank, "code", X[:1]))
+    slots.assign([0])
+    torch.testing.assert_close(served(bank, slots, X[:1]), used(bank, "prose", X[:1]))
+
+
+def test_a_thread_that_waits_in_vain_says_what_to_do(
+    bank: t2k.ExpertBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ThreadOrder, "PATIENCE", 0.05)
+    slots, failed = bank.slots(2), []
+
+    def assign() -> None:
+        try:
+            slots.assign([None])
+        except RuntimeError as error:
+            failed.append(str(error))
+
+    with slots.use(1):
+        slots.admit(0, "math")  # the thread that is inside may
+        thread = threading.Thread(target=assign)
+        thread.start()
+        thread.join()
+    assert len(failed) == 1
+    assert re.match(r"Slots\.assign: waited 0.05 seconds .* between steps, or", failed[0])
+    slots.assign([0])  # nothing is left behind
+    assert served(bank, slots, X[:1]).isfinite().all()
+
+
+def test_the_example_of_the_docs_runs_as_printed() -> None:
+    transformers = pytest.importorskip("transformers", reason="the example calls such a model")
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    t2k.convert(model, progress=False)
+    bank = t2k.ExpertBank(model)
+    for name in ("math", "code"):
+        bank.add(name, t2k.Expert({n: torch.rand(m.rank) for n, m in bank._layers.items()}))
+    ids = torch.randint(1, 40, (3, 4))
+    names: dict[str, Any] = {"bank": bank, "model": model, "ids": ids, "cache": None}
+    docs = Path(__file__).parent.parent / "docs" / "serving.md"
+    block = next(re.finditer(r"```python\n(.*?)```", docs.read_text(encoding="utf-8"), re.S))[1]
+    with torch.no_grad():
+        exec(block, names)
+        with bank.use([{"math": 0.7, "code": 0.3}, None, "code"]):
+            expected = model(ids).logits
+    torch.testing.assert_close(names["logits"], expected)
+    assert names["slots"].assigned[:3] == [2, 5, -1] and 7 in names["slots"].free
+
+
+def test_numbers_of_slots_may_be_numpys(bank: t2k.ExpertBank) -> None:
+    slots = bank.slots(3)
+    slots.admit(numpy.int64(2), "math")
+    slots.assign([numpy.int32(2), None])
+    assert slots.assigned == [2, -1, -1] and type(slots.assigned[0]) is int
+    slots.assign([])
+    slots.release(numpy.uint8(2))
+    assert slots.free == [0, 1, 2]
 
 
 def test_threads_admit_side_by_side(bank: t2k.ExpertBank) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import nn
 
 import t2kernels as t2k
 from t2kernels import streams
-from t2kernels.streams import StreamOrder
+from t2kernels.streams import StreamOrder, ThreadOrder
 
 
 @pytest.fixture
@@ -89,6 +91,47 @@ def test_reads_wait_for_writes_and_writes_for_reads(recorder: Recorder) -> None:
     recorder.on("a")
     order.wait_on_host()
     assert recorder.on("a") == ["host waits for b5"]
+
+
+def test_a_write_inside_an_open_read_comes_between(recorder: Recorder) -> None:
+    """After what the block enqueued before, and before what it enqueues after."""
+    order, cpu = StreamOrder(), torch.device("cpu")
+    with order.reading(cpu), order.reading(cpu):
+        recorder.on("b")
+        with order.writing(cpu):
+            assert recorder.on("b") == ["b waits for a1"]
+        assert recorder.on("a") == ["a waits for b2"]
+        with order.writing(cpu):  # its own stream is in order as it is
+            assert recorder.on("a") == ["a waits for b2"]
+    assert recorder.on("a") == []
+
+
+def test_writers_go_before_readers_that_come_later() -> None:
+    order, log, begun = ThreadOrder(), [], threading.Event()
+
+    def read(name: str) -> None:
+        with order.reading(name):
+            log.append(name)
+
+    def write() -> None:
+        begun.set()
+        with order.writing("w"), order.writing("w"), order.reading("w"):
+            log.append("w")
+
+    writer, reader = threading.Thread(target=write), threading.Thread(target=read, args=("r",))
+    with order.reading("main"):
+        writer.start()
+        begun.wait()
+        while not order._waiting:
+            time.sleep(0.001)
+        reader.start()
+        with order.reading("main"), order.writing("main"):
+            log.append("main")
+        reader.join(0.1)
+        assert log == ["main"] and reader.is_alive()
+    writer.join()
+    reader.join()
+    assert log == ["main", "w", "r"]
 
 
 def test_a_capture_is_left_alone(recorder: Recorder) -> None:

@@ -123,6 +123,7 @@ def test_a_place_of_the_cache_is_never_given_twice() -> None:
     ("options", "error", "words"),
     [
         ({"dtype": torch.float16}, TypeError, "dtype must be one of"),
+        ({"host": "yes"}, TypeError, "host must be True or False, got 'yes'"),
         ({"cache": 0}, ValueError, "cache must be an int of at least 1"),
         ({"capacity": -1}, ValueError, "capacity must be an int of at least 0"),
         ({"capacity": True}, ValueError, "capacity must be an int"),
