@@ -5,6 +5,8 @@
 
 #include <cstdint>
 #include <limits>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -34,6 +36,23 @@ class DeviceGuard {
  private:
   int device_;
   int former_ = 0;
+};
+
+// An answer for each device, asked for once and kept, by any thread: a launch has no time for questions to the runtime.
+// `ask` must be legal in a capture of a stream; where it throws, the next call asks again.
+template <typename Answer>
+class OncePerDevice {
+ public:
+  template <typename Ask>
+  const Answer& of(int device, Ask ask) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = answers_.find(device);
+    return found != answers_.end() ? found->second : answers_.emplace(device, ask()).first->second;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<int, Answer> answers_;  // references to its values stay
 };
 
 struct LaunchShape {

@@ -10,18 +10,26 @@
 
 namespace t2::cuda {
 
+// Compute capability from which on a kernel can start before the one in front of it has ended.
+constexpr int MIN_OVERLAP = 90;
+
 inline int attribute_of(cudaDeviceAttr attribute, int device) {
   int value = 0;
   check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
   return value;
 }
 
-inline Machine machine_of(int device) {
+inline Machine read_machine(int device) {
   return {attribute_of(cudaDevAttrMultiProcessorCount, device),
           attribute_of(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
           attribute_of(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
           10 * attribute_of(cudaDevAttrComputeCapabilityMajor, device) +
               attribute_of(cudaDevAttrComputeCapabilityMinor, device)};
+}
+
+inline const Machine& machine_of(int device) {
+  static OncePerDevice<Machine> machines;
+  return machines.of(device, [&] { return read_machine(device); });
 }
 
 template <typename Tile, typename Element, typename Weight>
@@ -36,7 +44,8 @@ struct MmaTile {
   // For a launch of one phase with so many items, or of both.
   static Plan planned(int form, std::int64_t items, std::int64_t other_items, const Machine& machine) {
     const std::int64_t least = std::min(items, other_items), most = std::max(items, other_items);
-    return plan(STAGE_BYTES, Tile::MEET_BYTES, least, most, form == kMmaPdl, machine);
+    const bool beside = form == kMmaPdl && machine.capability >= MIN_OVERLAP;
+    return plan(STAGE_BYTES, Tile::MEET_BYTES, least, most, beside, machine);
   }
   static bool fits(int form, const Machine& machine) { return planned(form, 1, 1, machine).stages != 0; }
 
@@ -64,13 +73,12 @@ struct MmaTile {
 
   static void run(const DecodeCall& c, const Machine& machine) {
     const auto kernel = decode_mma_kernel<Tile, Element, Weight>;
+    static OncePerDevice<bool> overlaps;
+    const bool can_overlap = overlaps.of(c.device, [&] { return prepare(kernel, machine); });
     MmaCall<Element, Weight> call = arguments(c);
     cudaLaunchAttribute attribute = {};
     const auto start = [&](const char* what, const Plan& p, unsigned attributes) {
       if (p.stages == 0) throw std::runtime_error("t2kernels: svf_decode: too little shared memory for tensor cores");
-      // The plan counts on all of the shared memory, also for the blocks of a kernel beside this one.
-      allow(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.shared_bytes);
-      allow(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
       call.stages = p.stages;
       launch(kernel, what, {p.blocks, MMA_THREADS, p.shared_bytes, attribute, attributes}, c.stream, call);
     };
@@ -84,8 +92,8 @@ struct MmaTile {
     call.first_phase = call.last_phase = 1;
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
-    const bool overlap = c.form == kMmaPdl && waits_for_the_kernel_before(kernel, machine);
-    start("svf_decode (h Uᵀ)", planned(c.form, call.items[1], call.items[1], machine), overlap ? 1 : 0);
+    const unsigned attributes = c.form == kMmaPdl && can_overlap ? 1 : 0;
+    start("svf_decode (h Uᵀ)", planned(c.form, call.items[1], call.items[1], machine), attributes);
   }
 
  private:
@@ -94,13 +102,17 @@ struct MmaTile {
     check(cudaFuncSetAttribute(kernel, attribute, value), "cudaFuncSetAttribute");
   }
 
-  // A kernel compiled for less than sm_90 has no instruction to wait with; it must start after the one before.
+  // Once for a kernel on the current device: allows what any plan may want. Returns whether the kernel can wait for
+  // the one before; compiled for less than sm_90 it has no instruction for that and must start after it.
   template <typename Kernel>
-  static bool waits_for_the_kernel_before(Kernel kernel, const Machine& machine) {
-    if (machine.capability < 90) return false;
+  static bool prepare(Kernel kernel, const Machine& machine) {
     cudaFuncAttributes attributes = {};
     check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
-    return attributes.ptxVersion >= 90;
+    allow(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+          machine.block_shared_bytes - static_cast<int>(attributes.sharedSizeBytes));
+    // A plan counts on all of the shared memory, also for the blocks of a kernel beside this one.
+    allow(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    return machine.capability >= MIN_OVERLAP && attributes.ptxVersion >= MIN_OVERLAP;
   }
 };
 
@@ -129,7 +141,7 @@ void with_tile(const DecodeCall& c, const Machine& machine, Use use) {
 
 template <typename Element, typename Weight>
 void decode_mma(const DecodeCall& c) {
-  const Machine machine = machine_of(c.device);
+  const Machine& machine = machine_of(c.device);
   with_tile<Element, Weight>(c, machine, [&](auto tile) { tile.run(c, machine); });
 }
 

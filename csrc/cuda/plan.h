@@ -25,18 +25,19 @@ struct Plan {
   int shared_bytes;
 };
 
-// Two blocks a multiprocessor where every product has work for them or where the next kernel must find room beside
-// this one (`shared`), each with half of the memory and as many stages as that holds; else one block with all of it.
-// `least` and `most` are the items of the launch's products.
-inline Plan plan(int stage_bytes, int reduction_bytes, std::int64_t least, std::int64_t most, bool shared,
+// Two blocks a multiprocessor where every product has work for them, each with half of the memory and as many stages
+// as that holds; else one block with all of it. `least` and `most` are the items of the launch's products. Where
+// another kernel runs beside this one (`beside`), one of the two blocks is that kernel's.
+inline Plan plan(int stage_bytes, int reduction_bytes, std::int64_t least, std::int64_t most, bool beside,
                  const Machine& machine) {
-  const int wanted = shared || least > machine.multiprocessors ? 2 : 1;
-  for (int per = wanted; per >= 1; --per) {
+  const int wanted = beside || least > machine.multiprocessors ? 2 : 1;
+  for (int parts = wanted; parts >= 1; --parts) {
     const int budget =
-        std::min(machine.block_shared_bytes, machine.multiprocessor_shared_bytes / per - RESERVED_SHARED_BYTES);
+        std::min(machine.block_shared_bytes, machine.multiprocessor_shared_bytes / parts - RESERVED_SHARED_BYTES);
     const int stages = std::min(MAX_STAGES, (budget - reduction_bytes) / stage_bytes);
-    // Two thin rings are no better than a deep one.
-    if (stages < (per == 1 ? MIN_STAGES : MIN_STAGES + 1)) continue;
+    // An assumption, not measured: two rings of two stages are no better than one that is deeper.
+    if (stages < (parts == 1 ? MIN_STAGES : MIN_STAGES + 1)) continue;
+    const int per = beside ? 1 : parts;
     const std::int64_t room = static_cast<std::int64_t>(machine.multiprocessors) * per;
     return {stages, per, static_cast<int>(std::min(most, room)), stages * stage_bytes + reduction_bytes};
   }

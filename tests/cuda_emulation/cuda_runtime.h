@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <exception>
+#include <map>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
@@ -55,7 +56,6 @@ inline void __syncwarp() {
   emulator::warp_meets([](void* (&)[32]) {}, nullptr);
 }
 inline void __threadfence() {}
-inline long long clock64() { return emulator::clock(); }
 
 inline unsigned atomicAdd(unsigned* counter, unsigned value) {
   const unsigned before = *counter;
@@ -123,10 +123,14 @@ inline const char* cudaGetErrorName(cudaError_t status) {
 }
 inline const char* cudaGetErrorString(cudaError_t) { return emulator::error.c_str(); }
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emulator::device;
   return cudaSuccess;
 }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= static_cast<int>(emulator::devices.size())) return cudaErrorInvalidValue;
+  emulator::device = device;
+  return cudaSuccess;
+}
 
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
@@ -135,31 +139,38 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor
 };
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const emulator::Machine& m = emulator::machine;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  ++emulator::questions;
+  const emulator::Machine& m = emulator::devices.at(device);
   const int values[] = {m.multiprocessors, m.block_shared_bytes, m.multiprocessor_shared_bytes, m.capability / 10,
                         m.capability % 10};
   *value = values[attribute];
   return cudaSuccess;
 }
 
-// One limit for all kernels: each launch raises its own before it starts.
-inline int emulated_shared_limit = 48 * 1024;
+// Shared memory that a kernel may be given on a device.
+inline std::map<std::pair<const void*, int>, int> emulated_shared_limits;
+inline int& emulated_shared_limit(const void* kernel) {
+  return emulated_shared_limits.try_emplace({kernel, emulator::device}, 48 * 1024).first->second;
+}
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
 enum { cudaSharedmemCarveoutMaxShared = 100 };
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute attribute, int bytes) {
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute attribute, int bytes) {
+  ++emulator::questions;
   if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
-  if (bytes > emulator::machine.block_shared_bytes) return cudaErrorInvalidValue;
-  emulated_shared_limit = bytes;
+  if (bytes > emulator::devices.at(emulator::device).block_shared_bytes) return cudaErrorInvalidValue;
+  emulated_shared_limit(reinterpret_cast<const void*>(kernel)) = bytes;
   return cudaSuccess;
 }
 struct cudaFuncAttributes {
+  std::size_t sharedSizeBytes;
   int ptxVersion;
 };
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
-  attributes->ptxVersion = emulator::machine.capability;
+  ++emulator::questions;
+  *attributes = {0, emulator::devices.at(emulator::device).capability};
   return cudaSuccess;
 }
 
@@ -173,8 +184,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       launch.programmatic = a.val.programmaticStreamSerializationAllowed != 0;
     }
   }
-  const emulator::Machine& m = emulator::machine;
-  if (static_cast<int>(launch.shared_bytes) > emulated_shared_limit) return cudaErrorInvalidValue;
+  const emulator::Machine& m = emulator::devices.at(emulator::device);
+  const int limit = emulated_shared_limit(reinterpret_cast<const void*>(kernel));
+  if (static_cast<int>(launch.shared_bytes) > limit) return cudaErrorInvalidValue;
   const int resident = m.multiprocessor_shared_bytes / static_cast<int>(launch.shared_bytes + 1024);
   if (launch.cooperative && static_cast<int>(launch.blocks) > m.multiprocessors * resident) {
     return cudaErrorCooperativeLaunchTooLarge;

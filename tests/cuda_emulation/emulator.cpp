@@ -12,7 +12,8 @@ namespace emulator {
 int order = 0;
 bool late_copies = false;
 std::string error;
-Machine machine;
+std::vector<Machine> devices(1);
+int device = 0, questions = 0;
 Index block_index, grid_size, thread_index, block_size;
 
 namespace {
@@ -21,7 +22,6 @@ constexpr std::size_t STACK_BYTES = 128 * 1024, CANARY_BYTES = 64;
 constexpr unsigned char POISON = 0xff;  // NaN in every float type
 constexpr int COPY_BYTES = 16;
 int launches[3];  // plain, programmatic, cooperative
-long long clock_now = 0, clock_step = 1;
 
 enum class State { ready, at_barrier, at_warp, spinning, at_launch_before, done };
 
@@ -260,8 +260,6 @@ void copies_wait(int pending_groups) {
   }
 }
 
-long long clock() { return clock_now += clock_step; }
-
 void enqueue(const Launch& launch) {
   ++launches[launch.cooperative ? 2 : launch.programmatic ? 1 : 0];
   if (launch.programmatic && pending) {
@@ -281,9 +279,24 @@ void flush() {
 // For tests/ops/test_cuda_emulated.py.
 extern "C" void emulator_set_order(int order) { emulator::order = order; }
 extern "C" void emulator_set_late_copies(int late) { emulator::late_copies = late != 0; }
-extern "C" void emulator_set_clock_step(long long step) { emulator::clock_step = step; }
-extern "C" void emulator_set_machine(int multiprocessors, int block_shared, int shared, int capability) {
-  emulator::machine = {multiprocessors, block_shared, shared, capability};
+// The number of a device like this, which is the current one from now on.
+extern "C" int emulator_set_machine(int multiprocessors, int block_shared, int shared, int capability) {
+  const emulator::Machine wanted = {multiprocessors, block_shared, shared, capability};
+  auto& devices = emulator::devices;
+  const auto same = [&](const emulator::Machine& m) {
+    return m.multiprocessors == wanted.multiprocessors && m.block_shared_bytes == wanted.block_shared_bytes &&
+           m.multiprocessor_shared_bytes == wanted.multiprocessor_shared_bytes && m.capability == wanted.capability;
+  };
+  const auto found = std::find_if(devices.begin(), devices.end(), same);
+  emulator::device = static_cast<int>(found - devices.begin());
+  if (found == devices.end()) devices.push_back(wanted);
+  return emulator::device;
+}
+// How many questions the host code has put to the runtime since the last call of this.
+extern "C" int emulator_take_questions() {
+  const int count = emulator::questions;
+  emulator::questions = 0;
+  return count;
 }
 extern "C" int emulator_take_launches(int kind) {
   const int count = emulator::launches[kind];

@@ -59,7 +59,6 @@ void copies_commit();
 void copies_wait(int pending);
 unsigned char* shared_memory();
 void require_shared(const void* address, std::size_t bytes);  // throws unless it lies in the block's, aligned to bytes
-long long clock();
 
 // Host side. A launch runs when the next one comes or at flush(), so that a programmatic one can overtake it.
 void enqueue(const Launch& launch);
@@ -68,7 +67,9 @@ void flush();
 extern int order;         // 0 ascending, 1 descending, otherwise the seed of a shuffle
 extern bool late_copies;
 extern std::string error;  // of the last launch, "" if none
-extern Machine machine;
+extern std::vector<Machine> devices;  // never fewer: what was asked of a device stays true
+extern int device;                    // the current one
+extern int questions;                 // about devices and kernels, by the host code
 extern Index block_index, grid_size, thread_index, block_size;
 
 }  // namespace emulator

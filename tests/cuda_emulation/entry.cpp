@@ -28,10 +28,10 @@ int guarded(char* error_text, I64 error_size, Call call) {
 }
 
 // The first `come` blocks meet, the others do not come; each counts how many it has seen before and after.
-void barrier_kernel(std::uint32_t* counters, int come, int* before, int* after) {
+void barrier_kernel(std::uint32_t* counters, int come, std::uint32_t looks, int* before, int* after) {
   if (static_cast<int>(blockIdx.x) >= come) return;
   if (threadIdx.x == 0) ++*before;
-  t2::cuda::grid_barrier(counters);
+  t2::cuda::grid_barrier(counters, looks);
   if (threadIdx.x == 0) after[blockIdx.x] = *before;
 }
 
@@ -73,14 +73,15 @@ extern "C" int emulated_svf_group(Address x, I64 x_stride, Address V, Address d,
   });
 }
 
-extern "C" int emulated_barrier(I64 blocks, I64 come, std::uint32_t* counters, int* before, int* after,
-                                char* error_text, I64 error_size) {
+extern "C" int emulated_barrier(I64 blocks, I64 come, I64 looks, std::uint32_t* counters, int* before,
+                                int* after, char* error_text, I64 error_size) {
   return guarded(error_text, error_size, [&] {
     t2::cuda::LaunchShape shape{blocks, 64};
     shape.attribute.id = cudaLaunchAttributeCooperative;
     shape.attribute.val.cooperative = 1;
     shape.attributes = 1;
-    t2::cuda::launch(barrier_kernel, "barrier", shape, nullptr, counters, static_cast<int>(come), before, after);
+    t2::cuda::launch(barrier_kernel, "barrier", shape, nullptr, counters, static_cast<int>(come),
+                     static_cast<std::uint32_t>(looks), before, after);
   });
 }
 
@@ -89,7 +90,7 @@ extern "C" int emulated_barrier(I64 blocks, I64 come, std::uint32_t* counters, i
 extern "C" void emulated_plan(I64 T, I64 rows, I64 other_rows, I64 eight_bit, I64 form, I64* out) {
   t2::cuda::DecodeCall c{};
   c.T = T, c.form = static_cast<int>(form);
-  const t2::cuda::Machine machine = t2::cuda::machine_of(0);
+  const t2::cuda::Machine machine = t2::cuda::read_machine(emulator::device);
   const auto report = [&](auto tile) {
     const t2::cuda::Plan p = tile.planned(c.form, tile.items(rows, T), tile.items(other_rows, T), machine);
     const I64 values[] = {tile.ROWS,      tile.TOKENS,           p.stages,         p.per_multiprocessor, p.blocks,

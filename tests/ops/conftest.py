@@ -36,7 +36,9 @@ MACHINES = {
 
 def compile_object(source: Path, target: Path, headers: Path = KERNELS) -> Path:
     """One object file; ``headers`` may be a changed copy of csrc/cuda."""
-    flags = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-DT2_CUDA_EMULATION"]
+    # What the host code keeps for a kernel must not be shared by several libraries of one process.
+    flags = ["-std=c++17", "-fPIC", "-fno-gnu-unique", "-ffp-contract=off"]
+    flags += ["-DT2_CUDA_EMULATION"]
     flags += [f"-I{EMULATION}", f"-I{headers}", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
     command = [str(COMPILER), *flags, "-O1", "-x", "c++", "-c", str(source), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -49,6 +51,7 @@ class Emulation:
     """What the tests do with the library: settings, calls as the CUDA backend makes them."""
 
     def __init__(self, objects: list[Path], folder: Path) -> None:
+        self.device = 0
         self.objects, path = objects, folder / "libemulated.so"
         subprocess.run([str(COMPILER), "-shared", *map(str, objects), "-o", str(path)], check=True)
         self.library = ctypes.CDLL(str(path))
@@ -61,7 +64,6 @@ class Emulation:
         self.library.emulated_svf_group.argtypes = [ctypes.c_int64] * 19 + [
             ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64,
         ]  # fmt: skip
-        self.library.emulator_set_clock_step.argtypes = [ctypes.c_longlong]
 
     def call(self, name: str, *arguments: object) -> None:
         """Call a function of entry.cpp; its error is raised."""
@@ -101,8 +103,11 @@ class Emulation:
         """Order of the threads, when copies land, what machine it is."""
         self.library.emulator_set_order(order)
         self.library.emulator_set_late_copies(int(late))
-        self.library.emulator_set_clock_step(1)
-        self.library.emulator_set_machine(*MACHINES[machine])
+        self.device = self.library.emulator_set_machine(*MACHINES[machine])
+
+    def questions(self) -> int:
+        """How often the host code asked about devices and kernels since the last call of this."""
+        return int(self.library.emulator_take_questions())
 
     def launches(self) -> tuple[int, int, int]:
         """Plain, programmatic and cooperative launches since the last call of this."""
@@ -185,7 +190,7 @@ def in_place_of_native(monkeypatch: pytest.MonkeyPatch) -> object:
         )
         monkeypatch.setattr(cuda, "_native", native)
         monkeypatch.setattr(cuda, "_stream", lambda x: 0)
-        monkeypatch.setattr(cuda, "_index", lambda x: 0)
+        monkeypatch.setattr(cuda, "_index", lambda x: emulation.device)
         monkeypatch.setattr(cuda, "_capturing", lambda: False)
         monkeypatch.setattr(cuda_forms, "barriers", cuda_forms.Barriers())
         emulation.settings()

@@ -190,10 +190,10 @@ def test_counters_are_left_at_zero(emulated) -> None:
     assert not pool.any()
 
 
-def meet(emulated, blocks: int, come: int):
+def meet(emulated, blocks: int, come: int, looks: int = 1000):
     counters, before = (ctypes.c_uint32 * 2)(), ctypes.c_int(0)
     after = (ctypes.c_int * blocks)()
-    sizes = [ctypes.c_int64(blocks), ctypes.c_int64(come)]
+    sizes = [ctypes.c_int64(blocks), ctypes.c_int64(come), ctypes.c_int64(looks)]
     emulated.call("emulated_barrier", *sizes, counters, ctypes.byref(before), after)
     return list(counters), list(after)
 
@@ -209,9 +209,28 @@ def test_barrier_gives_up_on_a_block_that_never_comes(emulated) -> None:
     emulated.settings()
     with pytest.raises(RuntimeError, match="blocks for each other"):
         meet(emulated, 3, 2)
-    emulated.library.emulator_set_clock_step(1 << 33)
     with pytest.raises(RuntimeError, match="trap"):
-        meet(emulated, 3, 2)
+        meet(emulated, 3, 2, looks=0)
+
+
+@forms
+def test_the_runtime_is_asked_once_for_a_kernel_on_a_device(emulated, form: str) -> None:
+    """Five attributes of the device, three questions about the kernel; then none."""
+    inputs = make(4, 64, 40, 64)
+    emulated.check(inputs, form=form)
+    emulated.questions()
+    expected, _ = emulated.run(inputs, form=form)
+    assert emulated.questions() == 0
+    # A device that was not seen before.
+    emulated.device = emulated.library.emulator_set_machine(6, 100000 + len(form), 101024, 90)
+    assert torch.equal(emulated.run(inputs, form=form)[0], expected)
+    assert emulated.questions() == 5 + 3
+    emulated.settings(machine="sm_89")
+    emulated.run(inputs, form=form)
+    emulated.settings()
+    emulated.questions()
+    emulated.run(inputs, form=form)
+    assert emulated.questions() == 0, "the other device's answers were kept"
 
 
 def test_what_does_not_fit_is_an_error(emulated) -> None:
