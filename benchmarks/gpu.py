@@ -8,8 +8,9 @@ The package is installed with its CUDA kernels into .gpu/site, which later phase
 phases may run in separate calls on a machine that keeps the folder. Needed there: torch, nvcc,
 setuptools, cmake, ninja, pytest, and pybind11 (or just torch, which carries its headers).
 Each phase is stopped after nine minutes. What comes out: one log per phase, one file of results
-per benchmark, and summary.json with every goal, measured or not. Where that is more than eight
-files, all but the summary are packed into results.tar.gz.
+per benchmark, a picture of each that can be drawn (with matplotlib), and summary.json with every
+goal, measured or not. Where that is more than eight files, all but the summary are packed into
+results.tar.gz.
 """
 
 from __future__ import annotations
@@ -345,6 +346,9 @@ def main() -> int:
         if name == "build" and results[name]["status"]:
             break
     failed = any(result["status"] for result in results.values())
+    if any(run.out.glob("*.json")):
+        # Pictures are no result: where matplotlib is not, a line says so and nothing fails.
+        subprocess.run(script("plot.py", str(run.out)), env=environment(run.dry))
     found = probe(environment(run.dry))
     outcomes = evaluate(files(sorted(run.out.glob("*.json"))), any_device=run.dry)
     summary = {

@@ -1,13 +1,16 @@
-"""Draw a result file of bench_svf.py (time against tokens, one panel per dtype and shape) or of
-bench_model.py (tokens per second against those of the dense model, one panel per stage).
+"""Draw a result file of bench_svf.py (time against tokens, one panel per dtype and shape), of
+bench_model.py (tokens per second against those of the dense model, one panel per stage), of
+bench_parts.py (time of a group against tokens) or of bench_overhead.py (time of a call).
 
-python benchmarks/plot.py benchmarks/results/cpu-quick.json out.png
+    python benchmarks/plot.py benchmarks/results/cpu-decode.json out.png
+    python benchmarks/plot.py out            # a PNG beside every result that can be drawn
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +31,24 @@ _LINES = {
     ("ours triton", False): ("ours triton, one diagonal", "#0072b2", ":"),
     ("ours triton", True): ("ours triton, up to {} diagonals", "#d55e00", ":"),
 }
+# How the members of a group are called -> (label, line style).
+_FORMS = {"group": ("one call", "-"), "calls": ("one a member", "--")}
 _STYLES = {"bf16": "-", "int8": "--", "fp8": ":"}
 _COLOURS = {"all-linear": "#0072b2", "mlp": "#d55e00"}
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """A PNG of what the benchmark is about."""
-    (draw_model if result.get("benchmark") == "model" else draw_layers)(result, path)
+    """A PNG of what the benchmark is about; ValueError where nothing of it is drawn."""
+    # bench_svf.py writes no name, and alone has a list of training steps.
+    name = result.get("benchmark", "svf" if "training" in result else None)
+    kinds = {"svf": draw_layers, "model": draw_model, "parts": draw_parts,
+             "overhead": draw_overhead}  # fmt: skip
+    if name not in kinds:
+        raise ValueError(
+            "only results of bench_svf.py, bench_model.py, bench_parts.py and bench_overhead.py "
+            f"can be drawn; this is one of {name or 'another benchmark'}"
+        )
+    kinds[name](result, path)
 
 
 def draw_model(result: dict[str, Any], path: Path) -> None:
@@ -46,7 +60,7 @@ def draw_model(result: dict[str, Any], path: Path) -> None:
 
     rows = [r for r in result["rows"] if r.get("targets") and "of_dense" in r]
     if not rows:
-        raise ValueError("plot: the result holds no speeds")
+        raise ValueError("the result holds no speeds")
     stages = list(dict.fromkeys(r["stage"] for r in rows))
     figure, axes = pyplot.subplots(
         1, len(stages), figsize=(4.6 * len(stages) + 2, 3.6), squeeze=False, sharey=True,
@@ -71,6 +85,64 @@ def draw_model(result: dict[str, Any], path: Path) -> None:
     _finish(figure, handles, result, path)
 
 
+def draw_parts(result: dict[str, Any], path: Path) -> None:
+    """A PNG with the times of groups as one call and as one call a member, by backend."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [r for r in result["rows"] if r["part"] == "group" and "time_us" in r]
+    if not rows:
+        raise ValueError("the result holds no times of groups")
+    groups, dtypes = (list(dict.fromkeys(r[key] for r in rows)) for key in ("group", "dtype"))
+    names = list(dict.fromkeys(r["name"] for r in rows))
+    figure, axes = pyplot.subplots(
+        len(dtypes), len(groups), figsize=(4.2 * len(groups) + 2.6, 3 * len(dtypes) + 0.6),
+        squeeze=False, sharex=True, layout="constrained",
+    )  # fmt: skip
+    handles: dict[str, Any] = {}
+    for (i, dtype), (j, group) in product(enumerate(dtypes), enumerate(groups)):
+        for (k, name), form in product(enumerate(names), _FORMS):
+            own = sorted(
+                (r["tokens"], r["time_us"])
+                for r in rows
+                if (r["dtype"], r["group"], r["name"], r["form"]) == (dtype, group, name, form)
+            )
+            if own:
+                label = f"{name}, {_FORMS[form][0]}"
+                (handles[label],) = axes[i, j].plot(
+                    *zip(*own), _FORMS[form][1], color=f"C{k}", marker="o", markersize=3
+                )
+        axes[i, j].set(xscale="log", yscale="log", title=f"{dtype}, {group}")
+        axes[i, j].grid(True, which="major", alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("tokens")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("microseconds")
+    _finish(figure, handles, result, path)
+
+
+def draw_overhead(result: dict[str, Any], path: Path) -> None:
+    """A PNG with a bar for every kind of call, and the quartiles of its time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = result["rows"][::-1]  # the first at the top
+    if not rows:
+        raise ValueError("the result holds no times")
+    figure, axis = pyplot.subplots(figsize=(7, 0.4 * len(rows) + 1.2), layout="constrained")
+    middle = [r["us"] for r in rows]
+    spread = [[r["us"] - r["q1_us"] for r in rows], [r["q3_us"] - r["us"] for r in rows]]
+    bars = axis.barh([r["name"] for r in rows], middle, xerr=spread, color="#0072b2", capsize=2)
+    axis.bar_label(bars, fmt="%.1f", padding=6, fontsize=8)
+    axis.set_xlabel("microseconds a call")
+    axis.margins(x=0.15)
+    _finish(figure, {}, result, path)
+
+
 def _finish(figure: Any, handles: dict[str, Any], result: dict[str, Any], path: Path) -> None:
     """Title, legend and file."""
     from matplotlib import pyplot
@@ -79,7 +151,8 @@ def _finish(figure: Any, handles: dict[str, Any], result: dict[str, Any], path: 
     where = environment.get("gpu") or f"{environment['cpu']}, {environment['threads']} threads"
     title = f"{where}, torch {environment['torch']}, {environment['commit']}"
     figure.suptitle(title, fontsize=9, x=0.01, ha="left")
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -93,7 +166,7 @@ def draw_layers(result: dict[str, Any], path: Path) -> None:
 
     rows = [r for r in result["rows"] if "time_us" in r]
     if not rows:
-        raise ValueError("plot: the result holds no times")
+        raise ValueError("the result holds no times")
     shapes = list(dict.fromkeys(r["shape"] for r in rows))
     dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
     figure, axes = pyplot.subplots(
@@ -130,16 +203,27 @@ def draw_layers(result: dict[str, Any], path: Path) -> None:
     _finish(figure, handles, result, path)
 
 
+def draw_folder(folder: Path) -> None:
+    """A PNG beside every result that can be drawn, a line for every file."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            draw(read(path), path.with_suffix(".png"))
+            print(f"plot: {path.with_suffix('.png').name}")
+        except (OSError, ValueError) as error:
+            print(f"plot: {path.name} not drawn: {error}")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Draw one file."""
-    parser = argparse.ArgumentParser(
-        prog="plot", description="Draw a result of bench_svf.py or bench_model.py."
-    )
-    parser.add_argument("result", type=Path, help="JSON file")
-    parser.add_argument("png", type=Path)
+    """Draw one file, or those of a folder; 1 where the file cannot be drawn."""
+    parser = argparse.ArgumentParser(prog="plot", description="Draw results of benchmarks.")
+    parser.add_argument("result", type=Path, help="JSON file, or a folder of them")
+    parser.add_argument("png", type=Path, nargs="?", help="for one file (default: beside it)")
     args = parser.parse_args(argv)
     try:
-        draw(read(args.result), args.png)
+        if args.result.is_dir():
+            draw_folder(args.result)
+        else:
+            draw(read(args.result), args.png or args.result.with_suffix(".png"))
     except (OSError, ValueError, ImportError) as error:
         print(f"plot: {error}", file=sys.stderr)
         return 1
