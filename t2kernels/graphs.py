@@ -6,13 +6,19 @@ only. With ``serving.Slots`` a replay sees the mixtures, experts and routing of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import copy
+import dataclasses
+import numbers
+import weakref
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .mixtures import shown
+from .ops import cuda_forms
 from .serving import BASE, Slots
 from .streams import StreamOrder
 
@@ -27,9 +33,10 @@ class StepGraphs:
 
     Args:
         step: called by keyword with tensors of exactly as many rows as a graph is for; returns
-            tensors, alone or in tuples, lists and mappings. It must allocate nothing that outlives
-            it and wait for nothing. Whatever else it reads (weights, a static key/value cache) it
-            reads at the addresses of the capture, for ever.
+            tensors, alone or in tuples, lists, mappings and dataclasses, whose types a call keeps
+            (a mapping that cannot be written to becomes a dict). It must allocate nothing that
+            outlives it and wait for nothing. Whatever else it reads (weights, a static key/value
+            cache) it reads at the addresses of the capture, for ever.
         inputs: {name: example} on the GPU. The first axis is the batch, its length here is free.
         batches: the numbers of rows to capture for. Rows that a batch is short of are padded.
         shared: names of inputs without a batch axis (a common position), copied whole.
@@ -46,7 +53,8 @@ class StepGraphs:
 
     All is captured at construction, the largest first, into one pool of memory. Nothing is captured
     or tuned later. A call runs in order with the one before it, on whatever stream; two that shall
-    run at once need a ``StepGraphs`` each. Raises RuntimeError where the inputs are not on a GPU.
+    run at once need a ``StepGraphs`` each. ``close`` gives back what the graphs hold. Raises
+    RuntimeError where the inputs are not on a GPU.
 
         slots = bank.slots(64, batch=32)
         graphs = t2k.StepGraphs(step, {"ids": ids}, batches=(1, 8, 32), slots=slots)
@@ -70,6 +78,7 @@ class StepGraphs:
             raise TypeError(f"StepGraphs: step must be callable, got {type(step).__name__}.")
         self._step, self._slots = step, slots
         self._device = _device_of(inputs)
+        _check_kinds(slots, shared, padding)
         self._shared, self._padding = frozenset(shared), dict(padding or {})
         self._batches = _checked_batches(batches, slots)
         _check_names(inputs, self._shared, self._padding)
@@ -84,7 +93,12 @@ class StepGraphs:
         self.outputs: dict[int, Any] = {}
         self._graphs: dict[int, Any] = {}
         self._order = StreamOrder()
-        self._capture(warmup)
+        barriers = cuda_forms.barriers
+        with barriers.noted() as counters:
+            self._give_back = weakref.finalize(
+                self, barriers.give_back, counters, self._order.wait_on_host
+            )
+            self._capture(warmup)
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -95,6 +109,7 @@ class StepGraphs:
     def __call__(self, **inputs: Tensor) -> Any:
         """What ``step`` returns for these inputs: views of static memory, valid until the next
         call. Tensors whose first axis has the graph's number of rows are cut to the call's."""
+        self._check_open()
         rows = self._rows(inputs)
         batch = next(b for b in self._batches if b >= rows)
         if self._slots is not None and any(s != BASE for s in self._slots.assigned[rows:batch]):
@@ -116,6 +131,7 @@ class StepGraphs:
 
     def replay(self, batch: int) -> Any:
         """Replay the graph for ``batch`` rows on the inputs as they are; its whole outputs."""
+        self._check_open()
         if batch not in self._graphs:
             raise ValueError(
                 f"StepGraphs.replay: batch must be one of {self._batches}, got {batch!r}."
@@ -124,7 +140,19 @@ class StepGraphs:
             self._replay(batch)
         return self.outputs[batch]
 
+    def close(self) -> None:
+        """Give back the graphs, their memory and the counters that they hold; waits for their last
+        replay. A later call raises RuntimeError. Nothing happens the second time."""
+        self._order.wait_on_host()
+        self._graphs.clear()
+        self.outputs.clear()
+        self._give_back()
+
     # -- helpers -------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if not self._give_back.alive:
+            raise RuntimeError("StepGraphs: closed. Make a new one.")
 
     def _replay(self, batch: int) -> None:
         reading: AbstractContextManager[None] = nullcontext()
@@ -223,6 +251,25 @@ def _device_of(inputs: Mapping[str, Tensor]) -> torch.device:
     return devices.pop()
 
 
+def _check_kinds(slots: object, shared: object, padding: object) -> None:
+    if slots is not None and not isinstance(slots, Slots):
+        raise TypeError(
+            f"StepGraphs: slots must be what bank.slots(...) returns, got {type(slots).__name__}."
+        )
+    if isinstance(shared, str) or not isinstance(shared, Iterable):
+        raise TypeError(
+            f"StepGraphs: shared must be a list of names like ('position',), got {shown(shared)}."
+        )
+    if padding is None:
+        return
+    if not isinstance(padding, Mapping):
+        got = type(padding).__name__
+        raise TypeError(f"StepGraphs: padding must be {{name: value}}, got {got}.")
+    for name, value in padding.items():
+        if not isinstance(value, numbers.Number):
+            raise TypeError(f"StepGraphs: padding of {name!r} must be a number, got {value!r}.")
+
+
 def _checked_batches(batches: Sequence[int], slots: Slots | None) -> tuple[int, ...]:
     wrong = not isinstance(batches, Sequence) or not batches
     if wrong or any(isinstance(b, bool) or not isinstance(b, int) or b < 1 for b in batches):
@@ -259,9 +306,24 @@ def _cut(output: Any, rows: int, batch: int) -> Any:
     if isinstance(output, Tensor):
         return output[:rows] if output.dim() and output.shape[0] == batch else output
     if isinstance(output, Mapping):
-        return {name: _cut(value, rows, batch) for name, value in output.items()}
+        cut = {name: _cut(value, rows, batch) for name, value in output.items()}
+        if not isinstance(output, MutableMapping):
+            return cut
+        mapping = copy.copy(output)
+        for name, value in cut.items():  # also sets the attributes of transformers' outputs
+            mapping[name] = value
+        return mapping
     if isinstance(output, tuple):
-        return tuple(_cut(value, rows, batch) for value in output)
+        make = getattr(type(output), "_make", type(output))  # named tuples take no iterable
+        return make([_cut(value, rows, batch) for value in output])
     if isinstance(output, list):
-        return [_cut(value, rows, batch) for value in output]
+        items = copy.copy(output)
+        items[:] = [_cut(value, rows, batch) for value in output]
+        return items
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        whole = copy.copy(output)
+        for field in dataclasses.fields(output):
+            value = _cut(getattr(output, field.name), rows, batch)
+            object.__setattr__(whole, field.name, value)  # frozen ones, too
+        return whole
     return output

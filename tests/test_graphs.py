@@ -7,10 +7,14 @@ what a CUDA graph does; tests/gpu/test_graphs.py has the real one.
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 import t2kernels as t2k
 from t2kernels import graphs as module
+from t2kernels.ops import cuda_forms
 from t2kernels.ops.cuda_forms import Barriers
 
 CPU = torch.device("cpu")
@@ -223,6 +228,119 @@ def test_shared_inputs_and_outputs_of_every_kind(cuda: FakeCUDA) -> None:
     assert out["pair"][1][0].tolist() == [12.0, 22.0]
 
 
+class Named(NamedTuple):
+    logits: Tensor
+    count: int
+
+
+@dataclass(frozen=True)
+class Plain:
+    logits: Tensor
+    cache: object = None
+
+
+def test_outputs_keep_their_types(cuda: FakeCUDA) -> None:
+    outputs = pytest.importorskip("transformers").modeling_outputs
+    caches = object()
+
+    def step(x: Tensor) -> dict[str, Any]:
+        return {
+            "named": Named(x * 2, 3),
+            "model": outputs.CausalLMOutputWithPast(logits=x * 3, past_key_values=caches),
+            "plain": Plain(x * 4, caches),
+            "topk": x.topk(1),
+            "default": defaultdict(list, a=[x]),
+        }
+
+    x = torch.arange(3.0).view(3, 1)
+    graphs = t2k.StepGraphs(step, {"x": x}, batches=(4,))
+    out = graphs(x=x)
+    assert type(out["named"]) is Named and out["named"].count == 3
+    assert torch.equal(out["named"].logits, x * 2)
+    assert type(out["model"]) is outputs.CausalLMOutputWithPast
+    assert torch.equal(out["model"].logits, x * 3) and torch.equal(out["model"]["logits"], x * 3)
+    assert out["model"].past_key_values is caches and out["model"].loss is None
+    assert type(out["plain"]) is Plain and out["plain"].cache is caches
+    assert torch.equal(out["plain"].logits, x * 4)
+    assert torch.equal(out["topk"].values, x)
+    assert out["default"]["b"] == [] and torch.equal(out["default"]["a"][0], x)
+    assert graphs.outputs[4]["model"].logits.shape == (4, 1), "a call changed the whole outputs"
+
+
+def test_the_example_of_the_docs_runs_as_printed(cuda: FakeCUDA) -> None:
+    transformers = pytest.importorskip("transformers", reason="the example calls such a model")
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    t2k.convert(model, progress=False)
+    bank = t2k.ExpertBank(model)
+    bank.add("math", t2k.Expert({n: torch.rand(m.rank) for n, m in bank._layers.items()}))
+    slots = bank.slots(64, batch=32)
+    slots.admit(5, "math")
+    slots.assign([5, None, 5])
+    caches = {n: transformers.StaticCache(config=config, max_cache_len=4) for n in (1, 8, 32)}
+    zero = torch.zeros(3, 1, dtype=torch.int64)
+    names: dict[str, Any] = {
+        "t2k": t2k, "model": model, "caches": caches, "slots": slots,
+        "ids": torch.randint(1, 40, (3, 1)), "pos": zero, "at": zero[0],
+    }  # fmt: skip
+    docs = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", docs, re.S) if "StepGraphs" in b]
+    exec(block, names)
+    expected = eager_llama(bank, ["math", None, "math"], names["ids"])
+    torch.testing.assert_close(names["logits"], expected)
+
+
+@torch.no_grad()
+def eager_llama(bank: t2k.ExpertBank, routing: Any, ids: Tensor) -> Tensor:
+    with bank.use(routing):
+        y: Tensor = bank.model(ids).logits
+    return y
+
+
+@pytest.mark.parametrize("end", ["close", "forget"])
+def test_counters_of_captured_calls_are_given_back(
+    cuda: FakeCUDA, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr(Barriers, "CAPACITY", 6)
+    barriers = Barriers()
+    monkeypatch.setattr(cuda_forms, "barriers", barriers)
+    seen = []
+
+    def step(ids: Tensor) -> Tensor:
+        address = barriers.address(CPU, 0, 5, cuda.capturing)
+        if cuda.capturing:
+            seen.append(address)
+        return ids + 1
+
+    held = t2k.StepGraphs(step, {"ids": IDS}, batches=(1,))
+    for _ in range(9):
+        graphs = t2k.StepGraphs(step, {"ids": IDS}, batches=(1, 2))
+        if end == "close":
+            graphs.close()
+            graphs.close()
+            with pytest.raises(RuntimeError, match="StepGraphs: closed"):
+                graphs(ids=IDS[:1])
+            with pytest.raises(RuntimeError, match="StepGraphs: closed"):
+                graphs.replay(1)
+        del graphs
+    assert seen[0] not in seen[1:], "those of a graph that is there were given away"
+    assert all(a != b for a, b in zip(seen[1::2], seen[2::2]))
+    assert held(ids=IDS[:1]).tolist() == (IDS[:1] + 1).tolist()
+
+
+def test_counters_of_a_capture_by_hand_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Barriers, "CAPACITY", 2)
+    barriers = Barriers()
+    barriers.address(CPU, 0, 5, False)
+    barriers.address(CPU, 0, 5, True)
+    with barriers.noted() as counters, pytest.raises(RuntimeError, match="close"):
+        barriers.address(CPU, 0, 5, True)
+    assert counters == []
+
+
 WRONG_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({}, ValueError, r"expected the inputs \['ids'\], got \[\]"),
     ({"idx": IDS}, ValueError, r"got \['idx'\]"),
@@ -277,6 +395,11 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"batches": ()}, ValueError, "batches must be a list of ints"),
     ({"batches": (0,)}, ValueError, "batches must be a list of ints"),
     ({"batches": 4}, ValueError, "batches must be a list of ints"),
+    ({"slots": 3}, TypeError, r"slots must be what bank.slots\(...\) returns, got int"),
+    ({"shared": "x"}, TypeError, r"shared must be a list of names like .*, got 'x'"),
+    ({"shared": 3}, TypeError, "shared must be a list of names"),
+    ({"padding": ["x"]}, TypeError, r"padding must be {name: value}, got list"),
+    ({"padding": {"x": "0"}}, TypeError, "padding of 'x' must be a number, got '0'"),
     ({"warmup": 0}, ValueError, "warmup must be an int ≥ 1"),
     ({"shared": ["y"]}, ValueError, r"shared names \['y'\], expected some of \['x'\]"),
     ({"shared": ["x"]}, ValueError, "every input is shared"),

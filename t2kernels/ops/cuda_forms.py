@@ -12,9 +12,9 @@ The tensor-core forms give the same bits as each other, not as fma.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from threading import Lock
+from threading import Lock, get_ident
 from typing import NamedTuple
 
 import torch
@@ -163,8 +163,9 @@ class Barriers:
     """Counters for the barrier of the cooperative form: zeroed once, left at zero by every launch.
 
     Launches that may run at the same time must not share counters. Calls on one stream run one
-    after another and share those of the stream. A captured call keeps counters of its own for
-    ever: its graph may be replayed on any stream, though never beside itself.
+    after another and share those of the stream. A captured call keeps counters of its own: its
+    graph may be replayed on any stream, though never beside itself. Whoever captures inside
+    ``noted`` can give them back; those of other captures are kept for ever.
     """
 
     # Two 32-bit counters each; 512 KiB a device. A model of 224 layers with a graph for each of
@@ -176,6 +177,37 @@ class Barriers:
         self._pools: dict[int, Tensor] = {}
         self._used: dict[int, int] = {}
         self._of_stream: dict[tuple[int, int], int] = {}
+        self._free: dict[int, list[int]] = {}
+        self._noting: dict[int, list[tuple[int, int]]] = {}  # by thread
+        self._given_back: list[tuple[list[tuple[int, int]], Callable[[], None]]] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[list[tuple[int, int]]]:
+        """Inside, calls that this thread captures note their counters, for ``give_back``."""
+        self._take_back()
+        me = get_ident()
+        mine: list[tuple[int, int]] = []
+        before = self._noting.get(me)
+        self._noting[me] = mine
+        try:
+            yield mine
+        finally:
+            del self._noting[me]
+            if before is not None:
+                self._noting[me] = before
+
+    def give_back(self, counters: list[tuple[int, int]], wait: Callable[[], None]) -> None:
+        """The graphs that hold these are gone. The next ``noted`` calls ``wait``, which returns
+        when their last replays have run, and uses the counters again."""
+        self._given_back.append((counters, wait))  # no lock: called by the garbage collector, too
+
+    def _take_back(self) -> None:
+        while self._given_back:
+            counters, wait = self._given_back.pop()
+            wait()
+            with self._lock:
+                for index, place in counters:
+                    self._free.setdefault(index, []).append(place)
 
     def address(self, device: torch.device, index: int, stream: int, capturing: bool) -> int:
         """Address of the counters for a launch on this stream of this device."""
@@ -193,16 +225,25 @@ class Barriers:
                 self._pools[index], self._used[index] = pool, 0
             place = None if capturing else self._of_stream.get((index, stream))
             if place is None:
-                place = self._used[index]
-                if place == self.CAPACITY:
-                    raise RuntimeError(
-                        f"form 'mma-coop': all {self.CAPACITY} counters of device {index} are "
-                        "taken by captured calls. Capture fewer graphs, or use form 'mma-pdl'."
-                    )
-                self._used[index] = place + 1
+                place = self._next(index)
                 if not capturing:
                     self._of_stream[index, stream] = place
+                elif get_ident() in self._noting:
+                    self._noting[get_ident()].append((index, place))
             return pool.data_ptr() + place * pool.stride(0) * pool.element_size()
+
+    def _next(self, index: int) -> int:
+        if self._free.get(index):
+            return self._free[index].pop()
+        place = self._used[index]
+        if place == self.CAPACITY:
+            raise RuntimeError(
+                f"form 'mma-coop': all {self.CAPACITY} counters of device {index} are taken by "
+                "captured calls. Capture fewer graphs, close() those of StepGraphs that are not "
+                "needed any more, or use form 'mma-pdl'."
+            )
+        self._used[index] = place + 1
+        return place
 
 
 barriers = Barriers()
