@@ -365,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write(args.json, {**head, **result})
 
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # layers that share x are no one call in inference mode
             result = run(args, size, save)
     except Refused as refusal:
         print(f"REFUSED: {refusal}", file=sys.stderr)

@@ -126,6 +126,7 @@ void bind_prepared(py::module_& m) {
 #ifdef T2_WITH_CUDA
 void bind_cuda(py::module_& m) {
   using namespace t2::cuda;
+  m.def("cuda_capture", &capture, arg("device"), arg("stream"));
   m.def("cuda_svf_decode", &svf_decode, Unlocked(), arg("x"), arg("x_stride"), arg("U"), arg("V"), arg("d"),
         arg("d_stride"), arg("slots"), arg("slot"), arg("base"), arg("bias"), arg("scale"), arg("y"), arg("h"),
         arg("work"), arg("barrier"), arg("T"), arg("n"), arg("r"), arg("m"), arg("x_dtype"), arg("w_dtype"),

@@ -157,6 +157,8 @@ def convert(
         raise ValueError("model has SVF layers already. Call t2kernels.revert(model) first.")
     if rank is not None and (not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank must be a positive integer or None, got {rank!r}.")
+    if not isinstance(groups, bool):
+        raise TypeError(f"groups must be True or False, got {type(groups).__name__}.")
     if factors is not None:
         check_kind(factors, "factors", " A folder of `t2 decompose` goes into decomposition=.")
     if rank is not None and not keep_weight:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .nn.group import Group
+from .nn.group import PATIENCE, Group
 from .nn.linear import SVFLinear
 from .ops import dispatch
 from .quantized import QuantizedFactors
@@ -70,18 +70,35 @@ def explain(layer: SVFLinear, x: Tensor) -> Explanation:
         why += f"; U and V are held in {f.kind}"
     why = f"{why}; {choice.why}"
     if layer._group is not None and state in ("uniform", "rows") and not delta:
-        why += "; " + _company(layer._group[0], layer._group[1], choice.module.NAME, x2.shape[0])
+        why += "; " + _company(*layer._group, choice.module.NAME, x)
     return Explanation("delta" if delta else "factorised", choice.module.NAME, why)
 
 
-def _company(group: Group, index: int, backend: str, tokens: int) -> str:
+def _company(group: Group, index: int, backend: str, x: Tensor) -> str:
     """Whether the members of the layer's group are computed in the same call."""
     others = " and ".join(n.rpartition(".")[2] for i, n in enumerate(group.names) if i != index)
-    limit = dispatch.GROUP_TOKENS.get(backend, 0)
-    if not group.shares:
-        return f"computed apart from {others}, which were called with another x"
-    if not limit:
-        return f"computed apart from {others}: {backend} does not gain by one call"
-    if tokens > limit:
-        return f"computed apart from {others}: {tokens} tokens, one call is for at most {limit}"
+    reason = group.unfit() or _apart(group, backend, x)
+    if reason is not None:
+        return f"computed apart from {others}: {reason}"
     return f"without gradients one call with {others}, where they get the same x"
+
+
+def _apart(group: Group, backend: str, x: Tensor) -> str | None:
+    limit, tokens = dispatch.GROUP_TOKENS.get(backend, 0), x.shape[:-1].numel()
+    if not limit:
+        return f"{backend} does not gain by one call"
+    if backend == "cuda" and dispatch.is_batch_invariant():
+        return "in batch-invariant mode the form must not depend on the company"
+    if x.is_inference():
+        return (
+            "x is an inference tensor, which has no version to tell a write to it by; use "
+            "torch.no_grad() in place of torch.inference_mode()"
+        )
+    if tokens > limit:
+        return f"{tokens} tokens, one call is for at most {limit}"
+    if not group.shares:
+        return (
+            f"in {PATIENCE} calls running not all of them were called, or one was called with "
+            "another x; they share again after a pass with one x"
+        )
+    return None

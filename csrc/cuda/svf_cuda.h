@@ -35,6 +35,9 @@ enum TileCode : int { kByTokens = 0, k16x8, k32x8, k64x8, k32x32, k64x32, k32x64
 // CUDA runtime linked into this module, e.g. "13.0".
 std::string runtime_version();
 
+// Of each capture of a CUDA graph its own number, the one that is under way on `stream`; 0 for none.
+std::uint64_t capture(int device, Address stream);
+
 // work = (x V) * d_row * scale, then y = work U^T + bias. Meant for decode sizes (T <= 128): the factors are read once
 // per 8 tokens (kFma) or per 8 to 64 (tensor cores), the repeats from L2.
 //   x (T, n) x_dtype, row stride x_stride; V stored (r, n), U (m, r), both contiguous in w_dtype: x_dtype, kI8, kF8

@@ -12,6 +12,7 @@ from ..diagonal import effective_multiplier
 from ..ops.functional import layout
 from ..quantized import QuantizedFactors, dequantize
 from ..svd import SVDFactors, check_factors, fingerprint, reconstruct
+from .group import Group
 from .settled import Settled, Watch
 
 Factors = SVDFactors | QuantizedFactors
@@ -36,6 +37,7 @@ class Factored(nn.Module):
     _z_identity: bool
     _rests_when_compiled: bool
     _settled: Settled | None
+    _group: tuple[Group, int] | None = None  # layers that get the same x, place among them
 
     def _set_factors(self, factors: Factors) -> None:
         U, Vh = layout(factors)
@@ -48,6 +50,12 @@ class Factored(nn.Module):
         self._column_scales = (
             (factors.u_scale, factors.v_scale) if isinstance(factors, QuantizedFactors) else None
         )
+        self._tell_group()
+
+    def _tell_group(self) -> None:
+        """The factors lie elsewhere now."""
+        if self._group is not None:
+            self._group[0].moved(self._group[1])
 
     @property
     def factors(self) -> Factors:
@@ -140,6 +148,7 @@ class Factored(nn.Module):
             self._base_copy = fn(self._base_copy)
         # Of an empty tensor, since 8-bit factors without a weight have no tensor of that dtype.
         self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self._U.device)).dtype
+        self._tell_group()
         return self
 
     def _apply_base(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:

@@ -14,7 +14,6 @@ from ..ops.functional import dense, run, run_delta, under_autocast
 from ..svd import decompose
 from . import merging
 from .factored import Factored, Factors
-from .group import Group
 from .quantized_layers import quantized_kind
 from .replaced import check_belongs, is_conv1d, shell, weight_of
 from .routing import Route
@@ -96,7 +95,6 @@ class SVFLinear(Factored):
         self._rests_when_compiled = True
         self._route: tuple[Route, int, int] | None = None  # (route, layer index, arena offset)
         self._settled: Settled | None = None  # what the last call leaves to the next
-        self._group: tuple[Group, int] | None = None  # layers that get the same x, place among them
 
     @classmethod
     @torch.inference_mode(mode=False)  # inference tensors could never be trained on

@@ -174,6 +174,7 @@ class Route:
         self._open: list[Plan] = []  # of the blocks that were entered and not left, in order
         self._owner: int | None = None
         self._ran_without_plan = False
+        self.parted = False  # layers that share x were moved, and may lie apart
         model.register_forward_pre_hook(_watch_model_call, with_kwargs=True)
         model.register_forward_hook(_watch_model_result)
 
@@ -181,7 +182,7 @@ class Route:
         """A model that is copied or sent to another process starts with no plan; its hooks come
         along with the model."""
         none = dict.fromkeys(("plan", "merged_by", "_owner", "batch"))
-        return {**self.__dict__, **none, "_open": []}
+        return {**self.__dict__, **none, "_open": [], "parted": True}
 
     @staticmethod
     def remove(model: nn.Module) -> None:
@@ -207,6 +208,8 @@ class Route:
                 "ExpertBank.use: another thread is inside `use` on this model. A model has one "
                 "routing at a time; give each thread its own copy, or one batch for all requests."
             )
+        if self.parted:
+            self._tie()
         self.plan, self._owner, self.batch = plan, me, None
         self._open.append(plan)
         failed = False
@@ -221,6 +224,13 @@ class Route:
             self.plan = self._open[-1] if self._open else None
             if not innermost and not failed:
                 raise RuntimeError(_OTHER_ORDER)
+
+    def _tie(self) -> None:
+        """Bring the V of layers that share x together again, before a call reads them."""
+        groups = {layer._group[0]: None for layer in self.layers if layer._group is not None}
+        for group in groups:
+            group.tie()
+        self.parted = any(group.loose for group in groups)
 
     def guard(self, y: Tensor) -> None:
         """Make backward through y fail under another plan than the one in force now."""

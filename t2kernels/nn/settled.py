@@ -134,6 +134,8 @@ def settle(
 ) -> Settled | None:
     """What a call with x that came to (form, d, slot) settles for the next; None where nothing."""
     plan = None if layer._route is None else layer._route[0].plan
+    if layer._group is not None and (d is not None or layer.weight is None):
+        layer._group[0].read()
     if form in ("merged", "rows, base rows stored"):
         return None
     if d is None and layer.weight is not None:
@@ -151,8 +153,9 @@ def settle(
         return None
     product: Prepared | Member = alone
     if layer._group is not None:
-        layer._group[0].renew()
+        group, index = layer._group
+        group.settled(index, x)
         shares = dispatch.GROUP_TOKENS.get(alone.module.NAME, 0) > 0 and d is not layer._S
         if plan is not None and shares:
-            product = Member(*layer._group, plan, alone)
+            product = Member(group, index, plan, alone)
     return Settled(layer, plan, product, d, slot is not None)

@@ -76,6 +76,16 @@ def _capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
+def _capture(x: Tensor) -> int:
+    """A number for the capture of a graph that is under way on x's stream, 0 for none.
+
+    Of every capture its own; without our native module, which alone knows, the same for all.
+    """
+    if _native is None:
+        return int(_capturing())
+    return int(_native.cuda_capture(x.get_device(), _stream(x)))
+
+
 def _index(x: Tensor) -> int:
     return x.get_device()
 

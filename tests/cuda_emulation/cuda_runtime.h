@@ -132,6 +132,13 @@ inline cudaError_t cudaSetDevice(int device) {
   return cudaSuccess;
 }
 
+// Nothing is ever captured here.
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long*) {
+  *status = cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,

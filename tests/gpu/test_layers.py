@@ -8,7 +8,7 @@ from torch import nn
 
 import t2kernels as t2k
 from t2kernels import testing
-from t2kernels.ops import cuda
+from t2kernels.ops import cuda, prepared
 
 N, B = 256, 4
 
@@ -123,3 +123,88 @@ def test_a_captured_group_follows_its_input() -> None:
             graph.replay()
             torch.cuda.synchronize()
             assert torch.equal(y, model(static.clone()))
+
+
+def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is enqueued from here on: a group's product or a layer's."""
+    made: list[str] = []
+    real, short = cuda.forward_group, prepared.PreparedCuda.__call__
+
+    def group(x, Us, *args, **options):
+        made.append(f"group of {len(Us)}")
+        return real(x, Us, *args, **options)
+
+    def alone(self, x, slot, d):
+        y = short(self, x, slot, d)
+        made.extend(["alone"] * (y is not None))
+        return y
+
+    monkeypatch.setattr(cuda, "forward_group", group)
+    monkeypatch.setattr(prepared.PreparedCuda, "__call__", alone)
+    return made
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+@pytest.mark.parametrize("warmup", [1, 2])
+def test_a_step_of_a_moved_model_is_captured_with_its_groups(monkeypatch, warmup, kind) -> None:
+    model, bank = build(kind)  # moved to the GPU after convert
+    layers = t2k.svf_layers(model).values()
+    slots = bank.slots(4, batch=B)
+    slots.admit(0, "a")
+    slots.admit(1, "b")
+    made = calls_of(monkeypatch)
+    places = [layer._Vh.data_ptr() for layer in layers]
+    graphs = t2k.StepGraphs(
+        lambda x: model(x), {"x": inputs()}, batches=(B, 1), slots=slots, warmup=warmup
+    )
+    assert [layer._Vh.data_ptr() for layer in layers] == places
+    assert made == ["group of 3"] * (2 * warmup)  # the first warm-up of each goes the long way
+    torch.cuda.empty_cache()
+    for assigned in ([0, 1, None, 1], [None, 0, 1, 0]):
+        slots.assign(assigned)
+        x = inputs() * (1 + len(made))
+        with slots.use(B):
+            expected = model(x)
+        assert torch.equal(graphs(x=x), expected)
+
+
+def test_a_result_stays_in_its_capture() -> None:
+    """q in one graph, k and v in the next, of one static x: each graph computes its own."""
+    model, bank = build()
+    static = inputs()
+    with bank.use(ROWS):
+        for _ in range(3):
+            model(static)
+        torch.cuda.synchronize()
+        first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(first):
+            q = model.q_proj(static)
+        with torch.cuda.graph(second):
+            k, v = model.k_proj(static), model.v_proj(static)
+        static.copy_(inputs() * 3)
+        expected = model(static.clone())
+        for y in (q, k, v):
+            y.fill_(float("nan"))
+        second.replay()
+        first.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(torch.cat([q, k, v], -1), expected)
+
+
+def test_no_weight_moves_in_a_capture() -> None:
+    model, bank = build()
+    static = inputs()
+    with bank.use(ROWS):
+        expected = model(static)
+        model.k_proj.float().bfloat16()  # parts it from its neighbours, inside the block
+        model(static)
+        torch.cuda.synchronize()
+        places = [layer._Vh.data_ptr() for layer in t2k.svf_layers(model).values()]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = model(static)
+    with bank.use(ROWS):  # the graph reads V where it lay
+        assert [m._Vh.data_ptr() for m in t2k.svf_layers(model).values()] == places
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected)
