@@ -337,7 +337,7 @@ def test_sharing_ends_and_begins_again(log, caplog, static):
     caplog.set_level(logging.INFO, logger="t2kernels")
     with bank_of(model).use(["a", None]):
         model(x), model(x)
-        for round_ in range(2):
+        for _round in range(2):
             for _ in range(module.PATIENCE + 1):
                 assert group_of(model).shares
                 model.q_proj(x if static else torch.randn(B, 1, N))
