@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor
 
 __all__ = [
     "FP32_ORTHOGONALITY", "FP32_RELATIVE_ERROR", "METHODS", "ThinSVD", "measuring_dtype",
-    "residual", "thin_svd",
+    "no_autocast", "residual", "thin_svd",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,17 @@ def thin_svd(weight: Tensor, dtype: torch.dtype, method: str = "svd") -> ThinSVD
     "svd" computes in ``dtype``, fp32 or fp64. An fp32 or "gram" result outside the bounds above is
     computed again by "svd" and returned in fp64. Raises RuntimeError where that does not converge.
     """
+    with no_autocast(weight.device):
+        return _thin_svd(weight, dtype, method)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Products on ``device`` in the dtype of their operands, whatever torch.autocast was told: what
+    is made once of the weights stays. A device without values (meta) has no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def _thin_svd(weight: Tensor, dtype: torch.dtype, method: str) -> ThinSVD:
     how = "gram" if method == "gram" else f"svd {'fp64' if dtype == torch.float64 else 'fp32'}"
     try:
         U, S, Vh = _gram(weight) if method == "gram" else _gesdd(weight.to(dtype))
@@ -74,7 +86,7 @@ def thin_svd(weight: Tensor, dtype: torch.dtype, method: str = "svd") -> ThinSVD
                 f"decompose: the SVD of a {tuple(weight.shape)} weight did not converge: {error}"
             ) from error
         logger.info("%s of %s did not converge, repeating in fp64", how, tuple(weight.shape))
-        return thin_svd(weight, torch.float64)
+        return _thin_svd(weight, torch.float64, "svd")
     if how != "svd fp64":
         measure = measuring_dtype(weight.device, U.dtype)
         error_ = residual(weight, U, S, Vh, measure)
@@ -88,7 +100,7 @@ def thin_svd(weight: Tensor, dtype: torch.dtype, method: str = "svd") -> ThinSVD
                 error_,
                 skew,
             )
-            return thin_svd(weight, torch.float64)
+            return _thin_svd(weight, torch.float64, "svd")
     # U diag(S) Vh stays what it is when a column of U and its row of Vh flip together.
     signs = _signs(U)
     return ThinSVD(U.mul_(signs), S, Vh.mul_(signs[:, None]), how)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .lapack import METHODS, measuring_dtype, residual, thin_svd
+from .lapack import METHODS, measuring_dtype, no_autocast, residual, thin_svd
 
 __all__ = [
     "Accuracy",
@@ -204,7 +204,8 @@ def _method(method: str | None, compute: torch.dtype, place: torch.device) -> st
 
 
 def reconstruct(factors: SVDFactors, d: Tensor | None = None) -> Tensor:
-    """W' = U diag(d) Vᵀ (m, n), d = S where None; in fp32 (fp64 for fp64 factors).
+    """W' = U diag(d) Vᵀ (m, n), d = S where None; in fp32 (fp64 for fp64 factors), also
+    under autocast.
 
     Equivalent to ``(U.float() * d) @ V.float().t()``. ``d`` (r,) takes gradients.
 
@@ -222,7 +223,8 @@ def reconstruct(factors: SVDFactors, d: Tensor | None = None) -> Tensor:
             "Was it made for another layer or another rank?"
         )
     dtype = _sigma_dtype(U.dtype)
-    return (U.to(dtype) * d.to(dtype)) @ V.to(dtype).t()
+    with no_autocast(U.device):
+        return (U.to(dtype) * d.to(dtype)) @ V.to(dtype).t()
 
 
 def accuracy(weight: Tensor, factors: SVDFactors, *, precision: str = "fp64") -> Accuracy:
@@ -246,8 +248,9 @@ def accuracy(weight: Tensor, factors: SVDFactors, *, precision: str = "fp64") ->
     place = U.device if U.device.type in ("cpu", "cuda") else torch.device("cpu")
     U, S, V = (t.to(place) for t in factors)
     dtype = measuring_dtype(place, _PRECISIONS[precision])
-    relative = residual(weight.detach().to(place), U, S, V.t(), dtype)
-    return Accuracy(relative, _orthogonality(U.to(dtype)), _orthogonality(V.to(dtype)))
+    with no_autocast(place):
+        relative = residual(weight.detach().to(place), U, S, V.t(), dtype)
+        return Accuracy(relative, _orthogonality(U.to(dtype)), _orthogonality(V.to(dtype)))
 
 
 def check_factors(factors: SVDFactors, *, what: str = "factors") -> None:

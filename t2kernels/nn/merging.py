@@ -12,7 +12,7 @@ The diagonal goes into U (of 16 bits, the smaller of U and V), then one product 
 
 Sums are of fp32 (fp64) and W′ is rounded once. (fp32 is not added by the call: MKL then rounds W′
 once per slice of the sum, which errs three to five times as much as what stands above. TF32 only
-where torch was told to use it.)
+where torch was told to use it, autocast nowhere.)
 
 A 16-bit product rounds U·diag(d − σ), or V's, by as much in relation to the change as rounding W′
 errs in relation to W′. As the columns of U and V are orthonormal, the change measures ‖d − σ‖ and
@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..lapack import no_autocast
 from ..ops import native
 from ..quantized import is_eight_bit
 
@@ -84,7 +85,8 @@ def merge(layers: Sequence[SVFLinear], ds: Sequence[Tensor], keep: str = "device
     changes = _changes(layers, ds)
     with _sums_in_fp32():
         for layer, change in zip(layers, changes):
-            _merge_one(layer, change, keep)
+            with no_autocast(layer._U.device):
+                _merge_one(layer, change, keep)
 
 
 @torch.no_grad()

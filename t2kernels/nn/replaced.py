@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..lapack import no_autocast
 from ..quantized import QuantizedFactors, dequantize
 
 if TYPE_CHECKING:
@@ -55,8 +56,9 @@ def check_belongs(weight: Tensor, factors: Factors, room: float = 0.05) -> None:
         f.S.shape[0], generator=torch.Generator("cpu").manual_seed(0), device="cpu"
     ).to(f.S)
     W = weight.to(f.S.device, torch.float32)
-    left = W.t() @ (f.U.float() @ mix.float())
-    right = f.V.float() @ (f.S.float() * mix.float())
+    with no_autocast(W.device):
+        left = W.t() @ (f.U.float() @ mix.float())
+        right = f.V.float() @ (f.S.float() * mix.float())
     if not bool((left - right).norm() <= room * right.norm() + 1e-6 * W.norm()):
         raise ValueError(
             "SVFLinear: these factors were not made from this weight: Wᵀ·U differs from "
