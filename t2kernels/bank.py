@@ -17,7 +17,7 @@ from .diagonal import MIXTURES
 from .expert import Expert
 from .files import check_name
 from .mixer import Arenas, Entry, Mixer, Weights, without_z
-from .mixtures import Mixture, check_defined, weights_of
+from .mixtures import Mixture, Routing, check_defined, weights_of
 from .nn.merging import merge as merge_layers
 from .nn.routing import BASE_KEY, ROW_ORDERS, Plan, Route
 from .ops.library import check_slot_values
@@ -171,14 +171,12 @@ class ExpertBank:
         """Bring experts of a bank with ``host=True`` to the device, ahead of the ``use`` or
         ``admit`` that names them; on a GPU beside what runs there. Without ``host`` all are there.
         """
-        rows = []
         if not isinstance(names, Iterable):
-            got = type(names).__name__
-            raise TypeError(f"ExpertBank.prefetch: names must be a list of names, got {got}.")
-        for name in [names] if isinstance(names, str) else names:
+            raise TypeError(f"ExpertBank.prefetch: names must be a list, got {names!r}.")
+        wanted = [names] if isinstance(names, str) else list(names)
+        for name in wanted:
             self._known(name)
-            rows.append(self._entries[name].row)
-        self._table.prefetch(rows, self._mixer.device)
+        self._table.prefetch([self._entries[name].row for name in wanted], self._mixer.device)
 
     # -- routing -------------------------------------------------------------------------------
 
@@ -191,7 +189,7 @@ class ExpertBank:
     @contextmanager
     def use(
         self,
-        routing: Mixture | Sequence[Mixture] | Tensor,
+        routing: Routing,
         *,
         slot: Tensor | None = None,
         row_order: str | None = None,
@@ -216,10 +214,11 @@ class ExpertBank:
         run inside the same block. May be nested; the inner block decides.
         """
         self._check_model()
+        row_order = row_order or self.row_order
         if self._route.merged is not None:
             raise RuntimeError("ExpertBank.use: an expert is merged; call bank.unmerge() first.")
         for what, value, allowed in (
-            ("row_order", row_order or self.row_order, ROW_ORDERS),
+            ("row_order", row_order, ROW_ORDERS),
             ("mixture", mixture, MIXTURES),
             ("base_rows", base_rows, ("factorised", "stored")),
         ):
@@ -231,17 +230,16 @@ class ExpertBank:
             raise TypeError(
                 f"ExpertBank.use: slot must be (tokens,) int32, got {type(slot).__name__}."
             )
-        with torch.inference_mode(False):  # the plan may serve calls with gradients, too
-            plan = self._plan(routing, slot, mixture)
-        plan.row_order, plan.stored_base_rows = row_order or self.row_order, base_rows == "stored"
-        with self._arenas.held(), self._route.using(plan):
-            yield
+        with self._arenas.held() as depth:
+            with torch.inference_mode(False):  # the plan may serve calls with gradients, too
+                plan = self._plan(routing, slot, mixture, depth)
+            plan.row_order, plan.stored_base_rows = row_order, base_rows == "stored"
+            with self._arenas.reading(depth), self._route.using(plan):
+                yield
 
-    def _plan(
-        self, routing: Mixture | Sequence[Mixture] | Tensor, slot: Tensor | None, mixture: str
-    ) -> Plan:
+    def _plan(self, routing: Routing, slot: Tensor | None, mixture: str, depth: int) -> Plan:
         if isinstance(routing, Tensor):
-            return self._plan_alpha(routing, slot, mixture)
+            return self._plan_alpha(routing, slot, mixture, depth)
         single = routing is None or isinstance(routing, (str, Mapping))
         if not single and not isinstance(routing, Sequence):
             raise TypeError(
@@ -257,15 +255,15 @@ class ExpertBank:
         if not distinct:
             return Plan("base", BASE_KEY, len(requests))
         first = [weights.index(w) for w in distinct]
-        arena = self._arenas.get(len(distinct), self._mixer.device)
-        self._mixer.write(arena, distinct, mixture, op="ExpertBank.use", requests=first)
+        with self._arenas.writing(depth, len(distinct), self._mixer.device) as arena:
+            self._mixer.write(arena, distinct, mixture, op="ExpertBank.use", requests=first)
         if slot is None and (single or len(requests) == 1):
             return Plan("uniform", (mixture, (self._content(weights[0]),)), 1, arena)
         places = [distinct.index(w) if w else -1 for w in weights]
         rows = torch.tensor(places, dtype=torch.int32, device="cpu")
         return self._rows_plan(key, arena, rows, slot)
 
-    def _plan_alpha(self, alpha: Tensor, slot: Tensor | None, mixture: str) -> Plan:
+    def _plan_alpha(self, alpha: Tensor, slot: Tensor | None, mixture: str, depth: int) -> Plan:
         K, L = len(self._entries), len(self._layers)
         if K == 0:
             raise ValueError("ExpertBank.use: the bank is empty; add an expert first.")
@@ -302,8 +300,8 @@ class ExpertBank:
             if bool(zero.all()):
                 return Plan("base", BASE_KEY, B)
             rows[zero] = -1
-        arena = self._arenas.get(B, self._mixer.device)
-        self._mixer.write_alpha(arena, alpha, mixture)
+        with self._arenas.writing(depth, B, self._mixer.device) as arena:
+            self._mixer.write_alpha(arena, alpha, mixture)
         if uniform:
             return Plan("uniform", key, 1, arena)
         return self._rows_plan(key, arena, rows, slot)

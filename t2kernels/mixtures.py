@@ -14,6 +14,9 @@ from .nn.linear import SVFLinear
 #: A name, {name: weight}, or None for the base.
 Mixture = str | Mapping[str, float] | None
 
+#: One mixture for all rows, one for each request, or alpha (B, K) or (B, L, K).
+Routing = Mixture | Sequence[Mixture] | Tensor
+
 _LARGEST = torch.finfo(torch.float32).max
 
 

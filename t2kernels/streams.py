@@ -187,3 +187,11 @@ class StreamOrder:
             for event in (self._written, *self._reads.values()):
                 if event is not None:
                     event.synchronize()
+
+
+def replaced(old: Tensor, order: StreamOrder) -> StreamOrder:
+    """The order of the memory that takes the place of ``old``, which is given back: to the stream
+    that it was allocated on, so only when the others have read it."""
+    if ordered(old.device):
+        order.wait_on_host()
+    return StreamOrder()

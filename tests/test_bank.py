@@ -380,7 +380,7 @@ def test_states_that_exclude_each_other(model, bank):
 
 
 def test_prefetch_wants_names(bank):
-    with pytest.raises(TypeError, match=r"prefetch: names must be a list of names, got int"):
+    with pytest.raises(TypeError, match=r"prefetch: names must be a list, got 3"):
         bank.prefetch(3)
 
 

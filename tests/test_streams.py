@@ -161,6 +161,51 @@ def test_admission_waits_for_the_replay_of_another_stream(
         assert f"r waits for w{written}" in recorder.log
 
 
+def test_the_arena_of_use_is_written_when_other_streams_have_read_it(
+    bank: t2k.ExpertBank, recorder: Recorder
+) -> None:
+    with bank.use("math"):
+        pass
+    read = recorder.events
+    recorder.on("b")
+    with bank.use({"code": 0.5}):
+        assert f"b waits for a{read}" in recorder.log
+        read = f"a waits for b{recorder.events}"
+    assert not [line for line in recorder.on("a") if line.startswith("host")]
+    slot = torch.zeros(1, dtype=torch.int32)
+    with bank.use(torch.ones(1, 3), slot=slot):
+        assert "a waits for b" in " ".join(recorder.log) and read in recorder.log
+
+
+def test_a_larger_arena_takes_the_place_of_one_that_nobody_reads(
+    bank: t2k.ExpertBank, recorder: Recorder
+) -> None:
+    with bank.use("math"):
+        pass
+    read = recorder.events
+    recorder.on("b")
+    with bank.use([{"math": i / 100} for i in range(1, 66)]):
+        assert f"host waits for a{read}" in recorder.log
+
+
+def test_sigma_is_put_together_before_other_streams_read_it(
+    bank: t2k.ExpertBank, recorder: Recorder
+) -> None:
+    with bank._mixer.sigma() as S:
+        written = recorder.events
+    read, address = recorder.events, S.data_ptr()
+    recorder.on("b")
+    with bank._mixer.sigma():
+        assert recorder.log == [f"b waits for a{written}"]
+    with torch.no_grad():
+        bank.model[0]._S.mul_(2)
+    recorder.on("c")
+    with bank._mixer.sigma() as S:
+        assert f"c waits for a{read}" in recorder.log
+        assert f"c waits for b{recorder.events - 1}" in recorder.log
+    assert S.data_ptr() == address and torch.equal(S, bank.model[0]._S)
+
+
 def test_rows_of_a_cache_wait_for_those_who_read_them(
     bank: t2k.ExpertBank, recorder: Recorder
 ) -> None:
