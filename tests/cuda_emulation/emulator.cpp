@@ -21,6 +21,7 @@ namespace {
 constexpr std::size_t STACK_BYTES = 128 * 1024, CANARY_BYTES = 64;
 constexpr unsigned char POISON = 0xff;  // NaN in every float type
 constexpr int COPY_BYTES = 16;
+unsigned last_blocks = 0;  // of a launch whose blocks run one after another, run these alone; 0: all
 int launches[3];  // plain, programmatic, cooperative
 
 enum class State { ready, at_barrier, at_warp, spinning, at_launch_before, done };
@@ -201,7 +202,8 @@ void Turns::run() {
 
 void run(const Launch& launch, const std::function<void()>& launch_before) {
   if (launch.cooperative || launch_before) return Turns(launch, 0, launch.blocks, launch_before).run();
-  for (unsigned block = 0; block < launch.blocks; ++block) Turns(launch, block, 1, nullptr).run();
+  const unsigned first = last_blocks != 0 && launch.blocks > last_blocks ? launch.blocks - last_blocks : 0;
+  for (unsigned block = first; block < launch.blocks; ++block) Turns(launch, block, 1, nullptr).run();
 }
 
 std::unique_ptr<Launch> pending;
@@ -279,6 +281,7 @@ void flush() {
 // For tests/ops/test_cuda_emulated.py.
 extern "C" void emulator_set_order(int order) { emulator::order = order; }
 extern "C" void emulator_set_late_copies(int late) { emulator::late_copies = late != 0; }
+extern "C" void emulator_set_last_blocks(int count) { emulator::last_blocks = static_cast<unsigned>(count); }
 // The number of a device like this, which is the current one from now on.
 extern "C" int emulator_set_machine(int multiprocessors, int block_shared, int shared, int capability) {
   const emulator::Machine wanted = {multiprocessors, block_shared, shared, capability};

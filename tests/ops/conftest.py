@@ -103,6 +103,7 @@ class Emulation:
         """Order of the threads, when copies land, what machine it is."""
         self.library.emulator_set_order(order)
         self.library.emulator_set_late_copies(int(late))
+        self.library.emulator_set_last_blocks(0)
         self.device = self.library.emulator_set_machine(*MACHINES[machine])
 
     def questions(self) -> int:

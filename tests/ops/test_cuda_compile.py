@@ -1,4 +1,5 @@
-"""The CUDA kernels compile for sm_80 and sm_90a without spills and within the machine's limits.
+"""The CUDA kernels compile for sm_80 and sm_90a without spills and within the machine's limits, one
+file of them also for plain sm_90, where T2_CUDA_ARCHS may ask for it.
 
 Needs nvcc, no GPU. The compiler's own report (-Xptxas -v) is the witness, for the tensor-core
 kernel also its machine code (cuobjdump, from the toolkit or from Triton); registers and shared
@@ -21,6 +22,7 @@ import pytest
 KERNELS = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 ARCHS = ["80", "90a"]
+ALSO_PLAIN_90 = "decode_mma_bf16"  # the one that asks whether the architecture is 90 or later
 
 # A block may have 65,536 registers on both; 48 KiB is what needs no opt-in at launch.
 REGISTERS_PER_SM, MAX_REGISTERS, STATIC_SHARED_BYTES = 65536, 255, 48 * 1024
@@ -64,6 +66,11 @@ class Kernel(NamedTuple):
     spill_bytes: int
 
 
+def archs(stem: str) -> list[str]:
+    """What a source is compiled for."""
+    return [*ARCHS, "90"] if stem == ALSO_PLAIN_90 else ARCHS
+
+
 def parse(source: str, text: str) -> list[Kernel]:
     kernels = []
     for found in REPORT.finditer(text):
@@ -84,7 +91,7 @@ def parse(source: str, text: str) -> list[Kernel]:
 
 
 def compile_one(source: Path, folder: Path) -> list[Kernel]:
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs(source.stem)]
     output = str(folder / f"{source.stem}.o")
     command = [str(NVCC), "-std=c++17", "-O3", *targets, "-Xptxas", "-v"]
     command += ["-Werror", "all-warnings"]
@@ -121,7 +128,9 @@ def test_every_dtype_has_its_kernels(kernels: list[Kernel]) -> None:
     # tokens by vector and one for any alignment. On tensor cores four kinds in seven tiles.
     plain = [k for k in kernels if k.source.startswith("decode_") and "_mma" not in k.source]
     assert len(plain) == 9 * 2 * 4 * len(ARCHS)
-    assert len([k for k in kernels if "decode_mma" in k.name]) == 4 * 7 * len(ARCHS)
+    tensor_core = [k for k in kernels if "decode_mma" in k.name]
+    assert len(tensor_core) == 4 * 7 * len(ARCHS) + 7
+    assert {k.source for k in tensor_core if k.arch == "90"} == {f"{ALSO_PLAIN_90}.cu"}
     # Mixing: z in fp32 or bf16, by vector or not, weights per request or per layer.
     assert len([k for k in kernels if "mix_kernel" in k.name]) == 2 * 2 * 2 * len(ARCHS)
 
@@ -183,10 +192,11 @@ def test_tensor_cores_and_asynchronous_copies(
     kernels: list[Kernel], folder: Path, kind: str
 ) -> None:
     """In the machine code; no local memory; atomics only for the two counters of the barrier."""
-    functions = machine_code(folder, f"decode_mma_{kind}")
-    assert sorted(arch for arch, _, _ in functions) == sorted(ARCHS * 7)
+    name = f"decode_mma_{kind}"
+    functions = machine_code(folder, name)
+    assert sorted(arch for arch, _, _ in functions) == sorted(archs(name) * 7)
     for arch, _, names in functions:
-        for wanted in WANTED + (WANTED_ON_90 if arch == "90a" else []):
+        for wanted in WANTED + (WANTED_ON_90 if arch.startswith("90") else []):
             assert any(name.startswith(wanted) for name in names), (arch, wanted)
         assert not any(name.startswith(LOCAL_MEMORY) for name in names)
         atomics = [name for name in names if name.startswith(("ATOM", "RED"))]
