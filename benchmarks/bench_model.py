@@ -45,6 +45,7 @@ import llama
 from ceilings import Bandwidth, matmul_gflops
 from command import add_shared, begin
 from harness import Contestant, Refused, make_timer, measure, ratio
+from memory import choose_factors
 from results import SCHEMA, write
 from torch import Tensor
 from whole_model import EXPERTS, SLACK, Form, Models, Stage, gate, routed, within
@@ -55,6 +56,7 @@ FACTORS = ("bf16", *t2k.FACTOR_KINDS)
 TARGETS = ("all-linear", "mlp")
 GPU_BACKENDS = ("cuda", "triton")
 SERVED = "served"  # through t2kernels.StepGraphs, its copies and its Python included
+STAGES = ("merge", "decode", "admit", "prefill")
 _GATE_LAYERS = 2
 
 
@@ -293,7 +295,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--factors", choices=FACTORS, nargs="+", default=list(FACTORS))
     add(
         "--only",
-        choices=("merge", "decode", "admit", "prefill"),
+        choices=STAGES,
         nargs="+",
         help="some of the stages",
     )
@@ -318,7 +320,7 @@ def run(
     gbs = sorted(bandwidth.sample((first.U, first.V.t())) for _ in range(5))[2]
     parameters = sum(p.numel() for p in models.dense.parameters())
     print(f"{parameters / 1e9:.2f} G parameters; {gbs:.0f} GB/s, {rate:.0f} GFLOP/s", flush=True)
-    stages = args.only or ["merge", "decode", "admit", "prefill"]
+    stages = args.only or STAGES
     rows: list[dict[str, Any]] = []
     missed: list[str] = []
     result: dict[str, Any] = {
@@ -355,9 +357,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = llama.size_of(parser, args)
     if min(*args.requests, args.prompt) < 1 or not args.seconds > 0:
         parser.error("--requests, --prompt and --seconds must be positive")
+    left_out = choose_factors(parser, args, size, STAGES) if args.device == "cuda" else []
     record = begin(parser, args)
     print(json.dumps(record, ensure_ascii=False, indent=1), flush=True)
-    settings = {**vars(size), "prompt": args.prompt, "experts": EXPERTS}
+    settings = {**vars(size), "prompt": args.prompt, "experts": EXPERTS,
+                "factors_left_out": left_out}  # fmt: skip
     head = {"schema": SCHEMA, "benchmark": "model", "environment": record, "settings": settings}
 
     def save(result: dict[str, Any]) -> None:
