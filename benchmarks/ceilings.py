@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import platform
 import subprocess
@@ -153,6 +154,25 @@ def _driver() -> str | None:
     return lines[0] if done.returncode == 0 and lines else None
 
 
+def _tuning(device: torch.device) -> dict[str, str] | None:
+    """Name and digest of the table of tiles that Triton's kernels go by, if there is one."""
+    named = os.environ.get("T2_TUNING")
+    if named:
+        path = Path(named)
+    elif device.type == "cuda":
+        try:
+            from t2kernels.ops.triton.common import tables
+        except ImportError:
+            return None
+        path = tables.SHIPPED / tables.file_name(tables.gpu_name(device))
+        if not path.exists():
+            return None
+    else:
+        return None
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else "no file"
+    return {"file": path.name, "sha256": digest}
+
+
 def environment(device: torch.device, threads: int) -> dict[str, Any]:
     """Everything that a reader needs to judge the numbers; no path and no host name."""
     record: dict[str, Any] = {
@@ -170,6 +190,7 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
         "peft": _version("peft"),
         "transformers": _version("transformers"),
         "t2kernels": t2k.__version__,
+        "tuning": _tuning(device),
     }
     native = _native()
     if native is None:

@@ -21,7 +21,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,12 +30,12 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from gpu_goals import evaluate, files, render
+from outputs import draw, pack, result_files
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".gpu"
 SITE = WORK / "site"
 PHASE_SECONDS = 540
-MAX_FILES = 8
 BENCHMARKS = "tests/gpu/test_benchmarks.py"
 
 # Asked in a fresh interpreter, so that this one needs neither torch nor the package.
@@ -231,7 +230,7 @@ def decompose(run: Run) -> list[Command]:
 
 
 def tune(run: Run) -> list[Command]:
-    """A table of tiles for this GPU, which the phases after it use; the next call goes on."""
+    """A table of tiles for this GPU, which what is measured after it uses; a call goes on."""
     made, copy = tuning(run.dry), "import shutil, sys; shutil.copy(*sys.argv[1:])"
     sizes = "--rehearse --shapes 64x48 --tokens 1 --dtypes fp16" if run.dry else (
         "--dtypes bf16 --minutes 7"
@@ -252,6 +251,7 @@ PHASES: dict[str, Callable[[Run], list[Command]]] = {
     "test-gpu": test_gpu,
     "test-bench": test_bench,
     "forms": forms,
+    "tune": tune,
     "decode": decode,
     "prefill": prefill,
     "model": model,
@@ -259,15 +259,17 @@ PHASES: dict[str, Callable[[Run], list[Command]]] = {
     "train": train,
     "step": step,
     "decompose": decompose,
-    "tune": tune,
     "compiled": compiled,
     "peers": peers,
     "sanitizer": sanitizer,
     "test-all": test_all,
 }
+# Only what is measured uses the table: the tests ask for rules, and for the interpreter's tiles.
+TUNED = ("forms", "decode", "prefill", "model", "parts", "train", "step", "compiled", "peers")
 
 
-def environment(dry: bool) -> dict[str, str]:
+def environment(dry: bool, phase: str = "") -> dict[str, str]:
+    """What a phase runs in; a T2_TUNING of the caller's goes before the table made here."""
     env = dict(os.environ)
     env["PYTHONPATH"] = str(SITE)
     # The source tree must not shadow what was installed (Python 3.11 and later).
@@ -275,7 +277,9 @@ def environment(dry: bool) -> dict[str, str]:
     env["T2_BUILD_DIR"] = str(WORK / "cmake")
     env.setdefault("T2_REQUIRE_CUDA", "0" if dry else "1")
     env.setdefault("HF_HUB_OFFLINE", "1")
-    if not dry and tuning(dry).is_file():
+    if dry or phase not in TUNED:
+        env.pop("T2_TUNING", None)
+    elif tuning(dry).is_file():
         env.setdefault("T2_TUNING", str(tuning(dry)))
     return env
 
@@ -341,7 +345,7 @@ def main() -> int:
 
     results: dict[str, dict[str, object]] = {}
     for name in names:
-        results[name] = execute(name, run, environment(run.dry))
+        results[name] = execute(name, run, environment(run.dry, name))
         # Without a build there is nothing to test; a red test does not hide the next phase.
         if name == "build" and results[name]["status"]:
             break
@@ -350,7 +354,8 @@ def main() -> int:
         # Pictures are no result: where matplotlib is not, a line says so and nothing fails.
         subprocess.run(script("plot.py", str(run.out)), env=environment(run.dry))
     found = probe(environment(run.dry))
-    outcomes = evaluate(files(sorted(run.out.glob("*.json"))), any_device=run.dry)
+    with result_files(run.out) as paths:
+        outcomes = evaluate(files(paths), any_device=run.dry)
     summary = {
         "dry_run": run.dry,
         "phases": results,
@@ -361,22 +366,9 @@ def main() -> int:
     print(json.dumps(found, indent=1))
     print("goals, rehearsed on a CPU: the figures mean nothing" if run.dry else "goals")
     print(render(outcomes))
+    draw(run.out, environment(run.dry))
     pack(run.out)
     return 1 if failed else 0
-
-
-def pack(folder: Path) -> None:
-    """Put all but the summary into one file where there are more than may travel back."""
-    found = sorted(path for path in folder.iterdir() if path.is_file())
-    if len(found) <= MAX_FILES:
-        return
-    rest = [path for path in found if path.name != "summary.json" and path.suffix != ".gz"]
-    with tarfile.open(folder / "results.tar.gz", "w:gz") as archive:
-        for path in rest:
-            archive.add(path, arcname=path.name)
-    for path in rest:
-        path.unlink()
-    print(f"gpu: {len(rest)} files are in {folder / 'results.tar.gz'}")
 
 
 if __name__ == "__main__":

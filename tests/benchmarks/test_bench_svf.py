@@ -241,6 +241,19 @@ def test_a_whole_run_writes_its_files(tmp_path, capsys, threads):
     assert png.stat().st_size > 1000
 
 
+def test_a_result_says_which_table_of_tiles_was_in_force(tmp_path, monkeypatch):
+    monkeypatch.delenv("T2_TUNING", raising=False)
+    assert ceilings.environment(CPU, 1)["tuning"] is None
+    table = tmp_path / "tuning.json"
+    monkeypatch.setenv("T2_TUNING", str(table))
+    assert ceilings.environment(CPU, 1)["tuning"] == {"file": "tuning.json", "sha256": "no file"}
+    table.write_text("a")
+    first = ceilings.environment(CPU, 1)["tuning"]
+    table.write_text("b")
+    second = ceilings.environment(CPU, 1)["tuning"]
+    assert first["file"] == "tuning.json" and first["sha256"] != second["sha256"]
+
+
 def test_a_run_out_of_time_says_what_is_missing(capsys, threads):
     argv = ["--shapes", "8x8", "--dtypes", "fp32", "--tokens", "1", "--minutes", "1e-9"]
     result = bench_svf.run(bench_svf.parse([*argv, "--no-training"]))
