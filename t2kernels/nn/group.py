@@ -165,7 +165,7 @@ class Group:
     def take(self, index: int, x: Tensor, plan: Plan) -> Tensor | None:
         """What the call of another member with this x left for this one."""
         memo = self._memo
-        if memo is None or memo.x() is not x or not memo.holds(index, x, plan, self.layers[index]):
+        if memo is None or memo.x() is not x or not memo.holds(index, x, plan):
             return None
         return memo.results.pop(index, None)
 
@@ -190,7 +190,8 @@ class Group:
             return None
         self._alone = None
         ys = ready.run(x, slot, plan)
-        self._memo = _Memo(self, x, plan, {i: y for i, y in enumerate(ys) if i != index})
+        results = {i: y for i, y in enumerate(ys) if i != index}
+        self._memo = _Memo(self, x, plan, ready, results)
         return ys[index]
 
     def note(self, index: int, x: Tensor) -> None:
@@ -260,25 +261,29 @@ class _Alone:
 class _Memo:
     """Results of one call that wait for their owners, no longer than x lives."""
 
-    __slots__ = ("_address", "_place", "_version", "_weights", "_written", "expired", "plan",
-                 "results", "x")  # fmt: skip
+    __slots__ = (
+        "_address", "_place", "_ready", "_version", "_weights", "_written", "expired", "plan",
+        "results", "x",
+    )  # fmt: skip
 
-    def __init__(self, group: Group, x: Tensor, plan: Plan, results: dict[int, Tensor]) -> None:
+    def __init__(
+        self, group: Group, x: Tensor, plan: Plan, ready: _Ready, results: dict[int, Tensor]
+    ) -> None:
         self.results, self.plan, self.expired = results, weakref.ref(plan), False
         self._address, self._version, self._place = x.data_ptr(), x._version, _place(x)
-        self._written = plan.written, _version(plan.arena)
-        self._weights = {i: _versions(group.layers[i]) for i in results}
+        self._ready, self._written = ready, _writes(plan)
+        self._weights = {i: ready.versions(i) for i in results}
         self.x = weakref.ref(x, group.forget)
 
-    def holds(self, index: int, x: Tensor, plan: Plan, layer: SVFLinear) -> bool:
+    def holds(self, index: int, x: Tensor, plan: Plan) -> bool:
         """Whether a call of this member, now, would compute what is kept for it."""
         return (
             index in self.results
             and self._address == x.data_ptr()
             and self._version == x._version
             and self.plan() is plan
-            and self._written == (plan.written, _version(plan.arena))
-            and self._weights[index] == _versions(layer)
+            and self._written == _writes(plan)
+            and self._weights[index] == self._ready.versions(index)
             and self._place == _place(x)
         )
 
@@ -286,7 +291,8 @@ class _Memo:
 class _Ready:
     """One call of the backend for all members, and what it was made of."""
 
-    __slots__ = ("_S", "_Us", "_V", "_biases", "_parts", "_place", "_scale", "limit", "plan")
+    __slots__ = ("_S", "_Us", "_V", "_biases", "_parts", "_place", "_scale", "_watched",
+                 "limit", "plan")  # fmt: skip
 
     def __init__(
         self,
@@ -302,12 +308,20 @@ class _Ready:
         self._parts = parts
         self._Us, self._biases = [m._U for m in layers], [m.bias for m in layers]
         self._V, self._S, self._scale = Vh.t(), S, scale
+        read = [(m._U, m._Vh, m._S, m.bias, m._scale) for m in layers]
+        # An inference tensor has no version.
+        self._watched = [[t for t in some if t is not None and not t.is_inference()]
+                         for some in read]  # fmt: skip
         route = layers[0]._route
         self._place = (0 if route is None else route[2], S.shape[0])
 
     def still(self) -> bool:
         """Whether every tensor that the call reads lies where it lay."""
         return all(part.still() for part in self._parts)
+
+    def versions(self, index: int) -> list[int]:
+        """What writes to a member's weights raise; their addresses are looked at beside."""
+        return [t._version for t in self._watched[index]]
 
     def arguments(self, x: Tensor, slot: Tensor | None, plan: Plan) -> tuple[Any, ...]:
         x2 = x if x.dim() == 2 else x.reshape(-1, self._V.shape[0])
@@ -366,19 +380,15 @@ def _whole(parts: Sequence[Tensor]) -> Tensor | None:
     return first.as_strided((sum(p.shape[0] for p in parts), *first.shape[1:]), first.stride())
 
 
-def _version(t: Tensor | None) -> int:
-    return -1 if t is None or t.is_inference() else t._version
-
-
-def _versions(layer: SVFLinear) -> tuple[int, ...]:
-    """What writes to a member's weights raise; their addresses are looked at beside."""
-    tensors = layer._U, layer._Vh, layer._S, layer._parameters["bias"], layer._scale
-    return tuple(map(_version, tensors))
+def _writes(plan: Plan) -> int:
+    """How often the arena or the routing was written to: two numbers that only rise."""
+    arena = plan.arena
+    return plan.written + (0 if arena is None or arena.is_inference() else arena._version)
 
 
 def _place(x: Tensor) -> tuple[int, int]:
     """The stream on which results of x come to be, and the CUDA graph they become part of."""
-    return (0 if x.is_cpu else int(dispatch.load("cuda")._stream(x))), _capture(x)
+    return 0 if x.is_cpu else int(dispatch.load("cuda")._stream(x)), _capture(x)
 
 
 def _capture(x: Tensor) -> int:

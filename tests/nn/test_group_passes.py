@@ -1,8 +1,10 @@
 """Layers that share x over several passes: moves, captures of CUDA graphs, writes, patience."""
 
 import copy
+import gc
 import logging
 import pickle
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -315,6 +317,17 @@ def test_a_member_that_decides_anew_goes_alone_in_that_pass(log, again):
         products = [3 if c == "GROUP3" else 1 for c in got if c != "GROUP2"]
         assert sum(products) == (3 if again == "q_proj" else 4)  # q computed all
         assert passes(model, log, 2, x) == [STEADY, STEADY]
+
+
+def test_a_dropped_bank_takes_its_arena_along():
+    model = build()
+    bank, x = bank_of(model), torch.randn(B, 1, N)
+    with bank.use(["a", None]):
+        model(x), model(x)
+        arena = weakref.ref(model._t2_route.plan.arena)
+    del bank
+    gc.collect()
+    assert group_of(model)._ready is not None and arena() is None
 
 
 def group_of(model):
