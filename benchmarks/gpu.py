@@ -350,9 +350,6 @@ def main() -> int:
         if name == "build" and results[name]["status"]:
             break
     failed = any(result["status"] for result in results.values())
-    if any(run.out.glob("*.json")):
-        # Pictures are no result: where matplotlib is not, a line says so and nothing fails.
-        subprocess.run(script("plot.py", str(run.out)), env=environment(run.dry))
     found = probe(environment(run.dry))
     with result_files(run.out) as paths:
         outcomes = evaluate(files(paths), any_device=run.dry)

@@ -3,7 +3,6 @@ bench_model.py (tokens per second against those of the dense model, one panel pe
 bench_parts.py (time of a group against tokens) or of bench_overhead.py (time of a call).
 
     python benchmarks/plot.py benchmarks/results/cpu-decode.json out.png
-    python benchmarks/plot.py out            # a PNG beside every result that can be drawn
 """
 
 from __future__ import annotations
@@ -13,6 +12,9 @@ import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+# Also where Python leaves the script's own folder out of its path (-P, PYTHONSAFEPATH).
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from results import read
 
@@ -203,27 +205,14 @@ def draw_layers(result: dict[str, Any], path: Path) -> None:
     _finish(figure, handles, result, path)
 
 
-def draw_folder(folder: Path) -> None:
-    """A PNG beside every result that can be drawn, a line for every file."""
-    for path in sorted(folder.glob("*.json")):
-        try:
-            draw(read(path), path.with_suffix(".png"))
-            print(f"plot: {path.with_suffix('.png').name}")
-        except (OSError, ValueError) as error:
-            print(f"plot: {path.name} not drawn: {error}")
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Draw one file, or those of a folder; 1 where the file cannot be drawn."""
+    """Draw one file; 1 where it cannot be drawn."""
     parser = argparse.ArgumentParser(prog="plot", description="Draw results of benchmarks.")
-    parser.add_argument("result", type=Path, help="JSON file, or a folder of them")
-    parser.add_argument("png", type=Path, nargs="?", help="for one file (default: beside it)")
+    parser.add_argument("result", type=Path, help="JSON file")
+    parser.add_argument("png", type=Path, nargs="?", help="default: beside the file")
     args = parser.parse_args(argv)
     try:
-        if args.result.is_dir():
-            draw_folder(args.result)
-        else:
-            draw(read(args.result), args.png or args.result.with_suffix(".png"))
+        draw(read(args.result), args.png or args.result.with_suffix(".png"))
     except (OSError, ValueError, ImportError) as error:
         print(f"plot: {error}", file=sys.stderr)
         return 1

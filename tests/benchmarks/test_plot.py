@@ -53,13 +53,3 @@ def test_what_is_not_drawn_is_said_in_a_line(
     result = write(tmp_path / "a.json", kind, rows)
     assert plot.main([str(result), str(tmp_path / "a.png")]) == 1
     assert capsys.readouterr().err == f"plot: {words}\n"
-
-
-def test_all_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(tmp_path / "overhead.json", "overhead", OVERHEAD)
-    write(tmp_path / "step.json", "step", [{"part": "loss"}])
-    (tmp_path / "summary.json").write_text("{}")
-    assert plot.main([str(tmp_path)]) == 0
-    drawn, step, summary = capsys.readouterr().out.splitlines()
-    assert drawn == "plot: overhead.png" and (tmp_path / "overhead.png").is_file()
-    assert "plot: step.json not drawn: only" in step and "summary.json not drawn" in summary
