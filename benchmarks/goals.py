@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 Row = dict[str, Any]
+NOTHING = "not in this run"
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,9 @@ class Outcome:
     met: bool | None  # None: the run holds no row that bears on it
     table: str = ""  # of the goals for a GPU, and the phase of gpu.py that measures this one
     phase: str = ""
+    # Of the points that the goal names, how many were measured. Both 0: it names none.
+    covered: int = 0
+    wanted: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -45,7 +49,7 @@ def worst(
     unit = " %" if percent else ""
     shown_limit = f"{'≥' if at_least else '≤'} {limit:g}{unit}"
     if not values:
-        return Outcome(goal, shown_limit, "not in this run", None)
+        return Outcome(goal, shown_limit, NOTHING, None)
     sign = -1 if at_least else 1
     value, row = max(values, key=lambda pair: sign * pair[0])
     missed = sum(sign * v > sign * limit for v, _ in values)
@@ -83,7 +87,7 @@ def _relative(rows: list[Row], name: str, to: Callable[[Row], tuple[str, int]]) 
 def _bits(goal: str, rows: list[Row], key: str, names: tuple[str, ...]) -> Outcome:
     found = [r for r in rows if r.get(key) is not None and r["name"].startswith(names)]
     if not found:
-        return Outcome(goal, "equal", "not in this run", None)
+        return Outcome(goal, "equal", NOTHING, None)
     bad = [r for r in found if not r[key]]
     text = f"equal in {len(found) - len(bad)} of {len(found)} rows"
     if bad:
@@ -166,7 +170,7 @@ def evaluate(rows: list[Row], training: list[Row]) -> list[Outcome]:
             not held,
         ) if factorised else Outcome(
             "training step, factorised: buffers of the weight's size", "none",
-            "not in this run", None,
+            NOTHING, None,
         ),
     ]  # fmt: skip
 

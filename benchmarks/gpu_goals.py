@@ -3,16 +3,17 @@
     python benchmarks/gpu_goals.py out/*.json              # met, missed or not measured
     python benchmarks/gpu_goals.py --markdown out/*.json   # the tables of GOALS.md
 
-Rows of a line-up are compared with rows of the same line-up of the same run only. "Ours" is the
-fastest of our forms there, since the table of defaults is filled from these very measurements; the
-row says which. Files of another device count only with --any-device, to rehearse.
+A goal names the points (layers, dtypes, tokens) that it wants measured: with fewer it is partly
+measured, never met, and one point beyond its limit is enough to miss it. What counts as ours:
+``gpu_measures.py``. Files of another device count only with --any-device, to rehearse.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,251 +21,128 @@ from typing import Any
 # Also where Python leaves the script's own folder out of its path (-P, PYTHONSAFEPATH).
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from goals import Outcome, Row, worst
+from goals import NOTHING, Outcome, Row, worst
+from gpu_measures import (
+    LORA,
+    Lines,
+    Measure,
+    Rows,
+    against,
+    best_field,
+    delta,
+    field,
+    floor,
+    invariant,
+    keeps,
+    many_against_one,
+    training,
+)
 from results import read
 
 MLP = ("4096x14336", "14336x4096")
 SQUARE = ("4096x4096",)
 NARROW = ("4096x1024",)
+LAYERS = (*MLP, *SQUARE, *NARROW)
 EIGHT_BIT = ("int8", "fp8")
+DTYPES = ("bf16", *EIGHT_BIT)
+# What the phases measure (a test holds the two together).
+SMALL, UP_TO_64, UP_TO_128 = (1, 8, 32), (1, 8, 32, 64), (1, 8, 32, 64, 128)
+PREFILL = (512, 2048, 8192, 32768)
+TRAINING = (2048, 8192)
+CALLS = ("own z", "uniform", "rows", "rows, all base")  # of bench_overhead.py
 DECODE, THROUGHPUT = "Decode", "Prefill, training, merging, whole models"
-_NOT_PLAIN = ("invariant", "eager", "delta")
-_LORA = ("LoRA bmm", "LoRA gathered")
-
-Pairs = Iterator[tuple[float, Row]]
-Rows = dict[str, list[Row]]  # by benchmark; "training" of bench_svf apart
-
-
-def _key(row: Row) -> tuple[Any, ...]:
-    return (row["run"], row["shape"], row["dtype"], row["tokens"])
-
-
-def _plain(name: str) -> bool:
-    return name.split()[0] == "ours" and not any(word in name for word in _NOT_PLAIN)
-
-
-def _fastest(
-    rows: Iterable[Row], wanted: Callable[[str], bool], slots: int
-) -> dict[tuple[Any, ...], Row]:
-    """Of every line-up the fastest row of these contestants."""
-    found: dict[tuple[Any, ...], Row] = {}
-    for row in rows:
-        if "time_us" in row and row.get("slots", 1) == slots and wanted(row["name"]):
-            best = found.get(_key(row))
-            if best is None or row["time_us"] < best["time_us"]:
-                found[_key(row)] = row
-    return found
-
-
-def _over(top: dict[tuple[Any, ...], Row], bottom: dict[tuple[Any, ...], Row]) -> Pairs:
-    """Time of one over time of the other, for line-ups that have both.
-
-    What ran as a graph is not held against what could not be captured.
-    """
-    for key, row in top.items():
-        uneven = row.get("timing") == "graph" and bottom.get(key, {}).get("timing") == "events"
-        if key in bottom and not uneven:
-            value = row["time_us"] / bottom[key]["time_us"]
-            name = f"{row['name']} against {bottom[key]['name']}"
-            yield (
-                value,
-                {**row, "where": f"{row['dtype']} {row['shape']} T={row['tokens']}, {name}"},
-            )
-
-
-@dataclass(frozen=True)
-class Lines:
-    """Which line-ups a goal is about."""
-
-    shapes: tuple[str, ...] = ()
-    dtypes: tuple[str, ...] = ("bf16",)
-    tokens: tuple[int, int] = (1, 1 << 30)
-
-    def of(self, rows: Iterable[Row]) -> list[Row]:
-        low, high = self.tokens
-        return [
-            r for r in rows
-            if (not self.shapes or r["shape"] in self.shapes)
-            and r["dtype"] in self.dtypes and low <= r["tokens"] <= high
-        ]  # fmt: skip
-
-
-def floor(lines: Lines) -> Callable[[Rows], Pairs]:
-    def pairs(rows: Rows) -> Pairs:
-        for row in _fastest(lines.of(rows["svf"]), _plain, 1).values():
-            yield row["percent_of_floor"], {**row, "where": _named(row)}
-
-    return pairs
-
-
-def _named(row: Row) -> str:
-    return f"{row['dtype']} {row['shape']} T={row['tokens']}, {row['name']}"
-
-
-def against(
-    other: Sequence[str], lines: Lines, *, slots: int = 1, other_slots: int = 1,
-    speedup: bool = False,
-) -> Callable[[Rows], Pairs]:  # fmt: skip
-    """Time of ours over the fastest of others; their time over ours as a speed-up."""
-
-    def pairs(rows: Rows) -> Pairs:
-        chosen = lines.of(rows["svf"])
-        ours = _fastest(chosen, _plain, slots)
-        theirs = _fastest(chosen, lambda name: name in other, other_slots)
-        for value, row in _over(ours, theirs):
-            yield (1 / value if speedup else value), row
-
-    return pairs
-
-
-def many_against_one(slots: int, lines: Lines) -> Callable[[Rows], Pairs]:
-    def pairs(rows: Rows) -> Pairs:
-        chosen = lines.of(rows["svf"])
-        yield from _over(_fastest(chosen, _plain, slots), _fastest(chosen, _plain, 1))
-
-    return pairs
-
-
-def invariant(rows: Rows) -> Pairs:
-    """The fastest batch-invariant form against the fastest of all, for one slot and for many."""
-    chosen = Lines(dtypes=("bf16", "fp16", *EIGHT_BIT), tokens=(1, 128)).of(rows["svf"])
-    for slots in {row["slots"] for row in chosen}:
-        own = _fastest(chosen, lambda name: name.endswith("invariant"), slots)
-        yield from _over(own, _fastest(chosen, _plain, slots))
-
-
-def delta(shapes: tuple[str, ...]) -> Callable[[Rows], Pairs]:
-    def pairs(rows: Rows) -> Pairs:
-        chosen = Lines(shapes).of(rows["svf"])
-        own = _fastest(chosen, lambda name: name.startswith("ours delta"), 1)
-        yield from _over(own, _fastest(chosen, lambda name: name == "dense", 1))
-
-    return pairs
-
-
-def training(baseline: str, tokens: tuple[int, int], speedup: bool) -> Callable[[Rows], Pairs]:
-    def pairs(rows: Rows) -> Pairs:
-        chosen = Lines(MLP, tokens=tokens).of(rows["training"])
-        ours = _fastest(chosen, _plain, 1)
-        theirs = _fastest(chosen, lambda name: name == baseline, 1)
-        for value, row in _over(ours, theirs):
-            yield (1 / value if speedup else value), row
-
-    return pairs
-
-
-def keeps(rows: Rows) -> Pairs:
-    """1 where a step with recomputation keeps a buffer of T×r for backward, 0 where none."""
-    for row in rows["training"]:
-        ours = row["name"].startswith("ours") and row["name"].endswith("recompute")
-        if ours and "keeps_tokens_by_rank" in row:
-            yield float(row["keeps_tokens_by_rank"]), row
-
-
-def field(benchmark: str, key: str, **wanted: Any) -> Callable[[Rows], Pairs]:
-    """A column of another benchmark's rows, as it stands there."""
-
-    def pairs(rows: Rows) -> Pairs:
-        for row in rows.get(benchmark, ()):
-            if row.get(key) is not None and all(row.get(k) in v for k, v in wanted.items()):
-                yield row[key], row
-
-    return pairs
-
-
-def best_field(benchmark: str, key: str, **wanted: Any) -> Callable[[Rows], Pairs]:
-    """Of every run the highest: a form that someone may choose."""
-
-    def pairs(rows: Rows) -> Pairs:
-        best: dict[Any, tuple[float, Row]] = {}
-        for value, row in field(benchmark, key, **wanted)(rows):
-            if row["run"] not in best or value > best[row["run"]][0]:
-                best[row["run"]] = (value, row)
-        yield from best.values()
-
-    return pairs
+_SHOWN = 3  # missing points and wrong rows that a line names
 
 
 @dataclass(frozen=True)
 class Goal:
-    """One line of a table."""
+    """One line of a table; all of its measures must be within the limit."""
 
     table: str
     phase: str
     text: str
     limit: float
-    pairs: Callable[[Rows], Pairs]
+    measures: Measure | tuple[Measure, ...]
     at_least: bool = False
     percent: bool = False
 
+    @property
+    def every(self) -> tuple[Measure, ...]:
+        return self.measures if isinstance(self.measures, tuple) else (self.measures,)
 
-_SMALL, _UP_TO_64 = (1, 32), (1, 64)
-_WIDE = Lines(MLP, EIGHT_BIT, _UP_TO_64)
-_ALL = ("bf16", "fp16", *EIGHT_BIT)
+
+def model(factors: tuple[str, ...], targets: str) -> Measure:
+    """Of the dense model's speed, both as one graph and by a kernel asked for by name."""
+    return best_field(
+        "model", "of_dense", factors=factors, targets=(targets,), requests=(32,),
+        stage=("decode",), size=("8B",), setting=("graph",), backend=("cuda", "triton"),
+    )  # fmt: skip
+
+
 GOALS = (
     Goal(DECODE, "decode", "bf16, T ≤ 32, 4096↔14336: share of the floor", 90,
-         floor(Lines(MLP, tokens=_SMALL)), True, True),
+         floor(Lines(MLP, SMALL)), True, True),
     Goal(DECODE, "decode", "bf16, T ≤ 32, 4096²: share of the floor", 80,
-         floor(Lines(SQUARE, tokens=_SMALL)), True, True),
+         floor(Lines(SQUARE, SMALL)), True, True),
     Goal(DECODE, "decode", "three torch ops in a graph, T ≤ 32, 4096↔14336: speed-up", 1.1,
-         against(("three-op",), Lines(MLP, tokens=_SMALL), speedup=True), True),
+         against(("three-op",), Lines(MLP, SMALL), speedup=True), True),
     Goal(DECODE, "decode", "three torch ops in a graph, T ≤ 32, 4096²: speed-up", 1.25,
-         against(("three-op",), Lines(SQUARE, tokens=_SMALL), speedup=True), True),
+         against(("three-op",), Lines(SQUARE, SMALL), speedup=True), True),
     Goal(DECODE, "decode,prefill", "time against eager three torch ops, any T", 1.0,
-         against(("three-op eager",), Lines(dtypes=_ALL))),
+         (against(("three-op eager",), Lines(LAYERS, UP_TO_128, DTYPES, ("fp16",))),
+          against(("three-op eager",), Lines(LAYERS, PREFILL)))),
     Goal(DECODE, "decode", "8-bit factors against dense bf16, T ≤ 64, 4096↔14336", 0.75,
-         against(("dense",), _WIDE)),
+         against(("dense",), Lines(MLP, UP_TO_64, EIGHT_BIT))),
     Goal(DECODE, "decode", "8-bit factors against dense bf16, T ≤ 64, 4096²", 1.05,
-         against(("dense",), replace(_WIDE, shapes=SQUARE))),
+         against(("dense",), Lines(SQUARE, UP_TO_64, EIGHT_BIT))),
     Goal(DECODE, "decode", "128 different slots against one, 4096↔14336", 1.03,
-         many_against_one(128, Lines(MLP, _ALL, (128, 128)))),
+         many_against_one(128, Lines(MLP, (128,), DTYPES, ("fp16",)))),
     Goal(DECODE, "decode", "128 different slots against one, 4096²", 1.05,
-         many_against_one(128, Lines(SQUARE, _ALL, (128, 128)))),
+         many_against_one(128, Lines(SQUARE, (128,), DTYPES, ("fp16",)))),
     Goal(DECODE, "decode", "rank-16 LoRA, 128 different adapters, T = 128: bf16 against it", 1.0,
-         against(_LORA, Lines(tokens=(128, 128)), slots=128, other_slots=128)),
+         against(LORA, Lines(LAYERS, (128,)), slots=128, other_slots=128)),
     Goal(DECODE, "decode", "the same, 8-bit factors against it", 0.75,
-         against(_LORA, Lines(dtypes=EIGHT_BIT, tokens=(128, 128)), slots=128, other_slots=128)),
+         against(LORA, Lines(LAYERS, (128,), EIGHT_BIT), slots=128, other_slots=128)),
     Goal(DECODE, "parts", "q, k, v as a group against three calls", 0.85,
-         field("parts", "ratio", part=("group",), judged=(True,))),
-    Goal(DECODE, "decode", "batch-invariant mode against the default", 1.15, invariant),
+         field("parts", "ratio", itertools.product(DTYPES, (1, 8, 32, 128)), ("dtype", "tokens"),
+               {"part": ("group",), "group": ("qkv",)}, part=("group",), judged=(True,))),
+    Goal(DECODE, "decode", "batch-invariant mode against the default", 1.15,
+         invariant(Lines(LAYERS, UP_TO_128, DTYPES, ("fp16",)), (1, 128))),
     Goal(DECODE, "parts", "Python per layer without a graph, µs", 5.0,
-         field("overhead", "python_us")),
+         field("overhead", "python_us", ((name,) for name in CALLS), ("name",))),
     Goal(THROUGHPUT, "prefill", "T = 8192 against two library GEMMs and a scale, 4096↔14336", 1.0,
-         against(("three-op",), Lines(MLP, tokens=(8192, 8192)))),
+         against(("three-op",), Lines(MLP, (8192,)))),
     Goal(THROUGHPUT, "prefill", "T = 8192 against two library GEMMs and a scale, 4096²", 0.98,
-         against(("three-op",), Lines(SQUARE, tokens=(8192, 8192)))),
+         against(("three-op",), Lines(SQUARE, (8192,)))),
     Goal(THROUGHPUT, "train", "training step, MLP, T = 2048, against a rebuilt W′: speed-up", 2.2,
-         training("rebuilt W' autograd", (2048, 2048), True), True),
+         training("rebuilt W' autograd", Lines(MLP, (2048,))), True),
     Goal(THROUGHPUT, "train", "training step, MLP, T = 8192, against a rebuilt W′: speed-up", 1.4,
-         training("rebuilt W' autograd", (8192, 8192), True), True),
+         training("rebuilt W' autograd", Lines(MLP, (8192,))), True),
     Goal(THROUGHPUT, "train", "training step, MLP: time against autograd through three ops", 1.0,
-         training("three-op autograd", (1, 1 << 30), False)),
+         training("three-op autograd", Lines(MLP, TRAINING), speedup=False)),
     Goal(THROUGHPUT, "train", "with recomputation: steps that keep a T×r buffer for backward", 0,
-         keeps),
+         keeps(Lines((*MLP, *SQUARE), TRAINING))),
     Goal(THROUGHPUT, "prefill", "64 slots in a ragged batch of 8192 tokens against one", 1.03,
-         many_against_one(64, Lines(dtypes=("bf16",), tokens=(8192, 8192)))),
+         many_against_one(64, Lines(LAYERS, (8192,)))),
     Goal(THROUGHPUT, "decode,prefill", "delta k = 256 against dense, any T", 1.2,
-         delta((*MLP, *SQUARE))),
+         delta(256, Lines((*MLP, *SQUARE), (*UP_TO_128, *PREFILL)))),
     Goal(THROUGHPUT, "decode,prefill", "delta k = 256 against dense, any T, 4096→1024", 1.4,
-         delta(NARROW)),
-    Goal(THROUGHPUT, "model", "whole model, 32 requests, bf16, all linears: of dense", 0.70,
-         best_field("model", "of_dense", factors=("bf16",), targets=("all-linear",),
-                    requests=(32,), stage=("decode",), size=("8B",)), True),
-    Goal(THROUGHPUT, "model", "whole model, 32 requests, bf16, MLP only: of dense", 0.78,
-         best_field("model", "of_dense", factors=("bf16",), targets=("mlp",), requests=(32,),
-                    stage=("decode",), size=("8B",)), True),
-    Goal(THROUGHPUT, "model", "whole model, 32 requests, 8-bit, all linears: of dense", 1.2,
-         best_field("model", "of_dense", factors=EIGHT_BIT, targets=("all-linear",),
-                    requests=(32,), stage=("decode",), size=("8B",)), True),
+         delta(256, Lines(NARROW, (*UP_TO_128, *PREFILL)))),
+    Goal(THROUGHPUT, "model", "whole model in a graph, 32 requests, bf16, all linears: of dense",
+         0.70, model(("bf16",), "all-linear"), True),
+    Goal(THROUGHPUT, "model", "whole model in a graph, 32 requests, bf16, MLP only: of dense",
+         0.78, model(("bf16",), "mlp"), True),
+    Goal(THROUGHPUT, "model", "whole model in a graph, 32 requests, 8-bit, all linears: of dense",
+         1.2, model(EIGHT_BIT, "all-linear"), True),
     Goal(THROUGHPUT, "model", "merge of all MLP matrices of the 8B shape, ms", 85,
          field("model", "merge_ms", size=("8B",))),
     Goal(THROUGHPUT, "decompose", "decomposition of all linears of the 8B shape, minutes", 10,
-         field("decompose", "total_minutes", size=("8B",))),
+         field("decompose", "total_minutes", size=("8B",), whole_run=True)),
 )  # fmt: skip
 
 
 def evaluate(results: Iterable[dict[str, Any]], any_device: bool = False) -> list[Outcome]:
-    """Every goal, in order; ``met`` is None where no file bears on it."""
+    """Every goal, in order; ``met`` is None where points that it names were not measured."""
     rows: Rows = {"svf": [], "training": []}
     for run, result in enumerate(results):
         if not any_device and result["environment"]["device"] != "cuda":
@@ -272,22 +150,61 @@ def evaluate(results: Iterable[dict[str, Any]], any_device: bool = False) -> lis
         kind = result["benchmark"]
         rows.setdefault(kind, []).extend({**row, "run": run} for row in result["rows"])
         rows["training"] += [{**row, "run": run} for row in result.get("training", ())]
-    return [
-        replace(
-            worst(g.text, g.limit, g.pairs(rows), at_least=g.at_least, percent=g.percent),
-            table=g.table, phase=g.phase,
-        )
-        for g in GOALS
-    ]  # fmt: skip
+    return [judge(goal, rows) for goal in GOALS]
+
+
+def judge(goal: Goal, rows: Rows) -> Outcome:
+    """The worst value, how much of what the goal names was measured, and what was wrong."""
+    pairs, missing, wanted = [], [], 0
+    for measure in goal.every:
+        own = list(measure.pairs(rows))
+        pairs += own
+        wanted += len(measure.points)
+        missing += sorted(measure.points - {measure.of(row) for _, row in own})
+    wrong = [row for measure in goal.every for row in measure.wrong(rows)]
+    found = worst(goal.text, goal.limit, pairs, at_least=goal.at_least, percent=goal.percent)
+    met = None if found.met and missing else found.met
+    if wrong and any(measure.wrong_decides for measure in goal.every):
+        met = False
+    measured = found.measured
+    if pairs and missing:
+        measured += f"; missing: {_some(' '.join(map(str, point)) for point in missing)}"
+    if wrong:
+        measured += f"; WRONG, no time: {_some(_named(row) for row in wrong)}"
+    return replace(
+        found, measured=measured, met=met, table=goal.table, phase=goal.phase,
+        covered=wanted - len(missing), wanted=wanted,
+    )  # fmt: skip
+
+
+def _named(row: Row) -> str:
+    why = row.get("refused") or row.get("failed")
+    return f"{row.get('where') or row.get('shape') or row.get('name')} ({why})"
+
+
+def _some(texts: Iterable[str]) -> str:
+    """The first of them, and how many more there are."""
+    every = list(texts)
+    more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
+    return ", ".join(every[:_SHOWN]) + more
+
+
+def mark(outcome: Outcome) -> str:
+    """One word; how much was measured where that is not all."""
+    if outcome.met is not None:
+        return "met" if outcome.met else "MISSED"
+    if outcome.covered:
+        return f"partly measured ({outcome.covered} of {outcome.wanted})"
+    return "not measured"
 
 
 def render(outcomes: Iterable[Outcome]) -> str:
     """Two lines a goal."""
-    marks = {True: "met", False: "MISSED", None: "not measured"}
     lines = []
     for o in outcomes:
-        lines.append(f"{marks[o.met]:13}{o.goal}: {o.limit}  [{o.phase}]")
-        if o.met is not None:
+        lines.append(f"{mark(o):13}{' ' if len(mark(o)) > 12 else ''}{o.goal}: {o.limit}"
+                     f"  [{o.phase}]")  # fmt: skip
+        if o.met is not None or o.measured != NOTHING:
             lines.append(f"{'':13}{o.measured}")
     return "\n".join(lines)
 
@@ -296,14 +213,14 @@ def markdown(outcomes: Iterable[Outcome]) -> str:
     """One table a group of goals."""
     lines: list[str] = []
     table = ""
-    marks = {True: "met", False: "missed", None: ""}
     for o in outcomes:
         if o.table != table:
             table = o.table
             lines += ["", f"## {table}", "", "| goal | limit | phase | measured | |",
                       "|---|---|---|---|---|"]  # fmt: skip
-        measured = "not measured" if o.met is None else o.measured
-        lines.append(f"| {o.goal} | {o.limit} | {o.phase} | {measured} | {marks[o.met]} |")
+        nothing = o.met is None and o.measured == NOTHING
+        measured, short = ("not measured", "") if nothing else (o.measured, mark(o).lower())
+        lines.append(f"| {o.goal} | {o.limit} | {o.phase} | {measured} | {short} |")
     return "\n".join(lines[1:])
 
 
