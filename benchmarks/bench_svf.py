@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,11 @@ except ImportError as error:
     sys.exit(f"bench_svf: {error}. Run it with the Python that t2kernels is installed in.")
 
 import goals
+import report
 from ceilings import Bandwidth, matmul_gflops
 from command import add_shared, begin
 from contestants import LineUp, Options, Skipped
+from failures import Broken, describe
 from harness import Contestant, Refused, Samples, Verdict, check, make_timer, measure, ratio
 from layers import Layer
 from plot import draw
@@ -132,6 +134,12 @@ def _row(
     }  # fmt: skip
 
 
+def _without_time(case: Case, name: str, slots: int, **why: str) -> dict[str, Any]:
+    """The row of a contestant that was refused or failed."""
+    where = {"shape": str(case.shape), "dtype": case.dtype, "tokens": case.tokens}
+    return {**where, "name": name, "slots": slots, **why}
+
+
 def run_case(
     case: Case,
     layer: Layer,
@@ -159,24 +167,30 @@ def run_case(
                 continue
             accepted.append((entry, verdict))
         except Refused as refusal:
-            rows.append(
-                {"shape": str(case.shape), "dtype": case.dtype, "tokens": case.tokens,
-                 "name": entry.name, "slots": entry.slots, "refused": str(refusal)}
-            )  # fmt: skip
+            rows.append(_without_time(case, entry.name, entry.slots, refused=str(refusal)))
+        except Exception as error:  # of a kernel, a compiler or the device: the others go on
+            text = describe(error, layer.device)
+            rows.append(_without_time(case, entry.name, entry.slots, failed=text))
     contestants = [contestant for contestant, _ in accepted]
     turns = itertools.cycle(layer.sets)
     rates = [bandwidth.sample(next(turns).read)]
+
+    def failed(index: int, error: Exception) -> None:
+        contestant, text = contestants[index], describe(error, layer.device)
+        rows.append(_without_time(case, contestant.name, contestant.slots, failed=text))
+
     samples = measure(
         contestants, make_timer(layer.device, len(layer.sets)), seconds=seconds,
-        beside=lambda: rates.append(bandwidth.sample(next(turns).read)),
+        beside=lambda: rates.append(bandwidth.sample(next(turns).read)), failed=failed,
     )  # fmt: skip
     gbs = statistics.median(rates)
     # What a contestant reached is possible: a large product is not always the fastest one.
-    reached = [c.flops / samples[i].quantile(0.2) / 1e9 for i, c in enumerate(contestants)]
-    gflops = max(gflops, *reached)
+    reached = [contestants[i].flops / own.quantile(0.2) / 1e9 for i, own in samples.items()]
+    gflops = max(gflops, *reached, 0.0)
 
-    place = {(c.name, c.slots): index for index, c in enumerate(contestants)}
-    for index, (contestant, verdict) in enumerate(accepted):
+    place = {(contestants[i].name, contestants[i].slots): i for i in samples}
+    for index in samples:
+        contestant, verdict = accepted[index]
         row = _row(case, contestant, verdict, samples[index], (gbs, gflops))
         row["read_gbs"], row["matmul_gflops"] = gbs, gflops
         # The three-op form that does the same work: with a gather where there are slots.
@@ -198,40 +212,6 @@ def _factor_error(line_up: LineUp, contestant: Contestant) -> float:
     return relative_error(y, line_up.truth.svf(contestant.slots, every, True))
 
 
-_HEADER = (
-    f"{'':2}{'contestant':20}{'slots':>6}{'time_us':>12}{'p20–p80':>20}{'GB/s':>8}{'% floor':>9}"
-    f"{'/three-op':>11}{'/dense':>8}{'error':>10}"
-)
-
-
-def _format(row: dict[str, Any]) -> str:
-    if "refused" in row:
-        return f"  {row['name']:20}{row['slots']:>6}  REFUSED: {row['refused']}"
-
-    def number(key: str, width: int) -> str:
-        return f"{row[key]:>{width}.2f}" if row.get(key) is not None else " " * width
-
-    spread = f"{row['p20_us']:.1f}–{row['p80_us']:.1f}"
-    note = "" if row["timing"] in ("wall", "graph") else f"  ({row['timing']})"
-    return (
-        f"  {row['name']:20}{row['slots']:>6}{row['time_us']:>12.1f}{spread:>20}{row['gbs']:>8.1f}"
-        f"{row['percent_of_floor']:>9.1f}{number('ratio_three_op', 11)}{number('ratio_dense', 8)}"
-        f"{row['error']:>10.1e}{note}"
-    )
-
-
-def _format_training(row: dict[str, Any]) -> str:
-    head = f"  {row['dtype']:5}{row['shape']:>12} T={row['tokens']:<6}{row['name']:20}"
-    if "refused" in row:
-        return f"{head}  REFUSED: {row['refused']}"
-    ratios = [f"{row[k]:.2f}" if k in row else "–" for k in ("ratio_three_op", "ratio_rebuilt")]
-    return (
-        f"{head}{row['time_us']:>12.1f} us  peak {row['peak_mem_mib']:>7.1f} MiB  largest "
-        f"{row['largest_mem_mib']:>6.1f} MiB  kept {row['kept_mib']:>6.1f} MiB  "
-        f"/three-op {ratios[0]}  /rebuilt {ratios[1]}"
-    )
-
-
 def _default(table: dict[str, float], args: argparse.Namespace) -> float:
     return table["quick" if args.quick else args.device]
 
@@ -242,118 +222,161 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
     return grid(args.device, args.quick, *named)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The whole run; prints as it goes."""
+def run(
+    args: argparse.Namespace, save: Callable[[dict[str, Any]], object] = lambda result: None
+) -> dict[str, Any]:
+    """The whole run; prints as it goes and saves after every line-up."""
     device = torch.device(args.device)
     began, record = time.perf_counter(), args.record
     bandwidth = Bandwidth(device, torch.get_num_threads())
     record["bandwidth_method"] = bandwidth.method
     print(json.dumps(record, ensure_ascii=False, indent=1), flush=True)
-    cases = chosen_cases(args)
-    matmul: dict[torch.dtype, float] = {}
-    # Before the line-ups: a run that reaches its time limit has it all the same.
-    training = [] if args.no_training else _training(args, cases, device)
     deadline = began + 60 * (args.minutes or _default(_MINUTES, args))
-    rows, absent, missed = _line_ups(args, cases, device, bandwidth, matmul, deadline)
-    record["matmul_gflops"] = {str(d).removeprefix("torch."): v for d, v in matmul.items()}
-    outcomes = goals.evaluate(rows, training)
-    if absent:
+    result: dict[str, Any] = {
+        "schema": SCHEMA, "benchmark": "svf", "environment": record, "goals": [], "absent": [],
+        "not_measured": [], "training": [], "rows": [],
+    }  # fmt: skip
+    matmul: dict[torch.dtype, float] = {}
+    absent: Counter[Skipped] = Counter()
+
+    def done() -> None:
+        record["matmul_gflops"] = {str(d).removeprefix("torch."): v for d, v in matmul.items()}
+        record["seconds"] = round(time.perf_counter() - began, 1)
+        found = sorted(absent.items(), key=lambda item: (item[0].name, item[0].reason))
+        result["absent"] = [{"name": s.name, "reason": s.reason, "line_ups": n} for s, n in found]
+        if device.type == "cpu":  # those for a GPU: gpu_goals.py
+            outcomes = goals.evaluate(result["rows"], result["training"])
+            result["goals"] = [o.as_dict() for o in outcomes]
+        save(result)
+
+    cases = chosen_cases(args)
+    try:
+        # Before the line-ups: a run that reaches its time limit has it all the same.
+        if not args.no_training:
+            _training(args, cases, result, deadline, done)
+        _line_ups(args, cases, bandwidth, matmul, absent, result, deadline, done)
+    except Broken as error:
+        result["stopped"] = f"the device is lost after {error}"
+    done()
+    _report(result)
+    return result
+
+
+def _report(result: dict[str, Any]) -> None:
+    """What took no part, what is missing, and on a CPU the goals."""
+    if result["absent"]:
         print("\nabsent")
-    for entry in absent:
+    for entry in result["absent"]:
         print(f"  {entry['name']} in {entry['line_ups']} line-ups: {entry['reason']}")
-    if missed:
-        print(f"\nout of time, not measured: {', '.join(map(str, missed))}")
-    record["seconds"] = round(time.perf_counter() - began, 1)
-    print(f"\n{goals.render(outcomes)}\n{record['seconds']:.0f} s", flush=True)
-    return {
-        "schema": SCHEMA,
-        "benchmark": "svf",
-        "environment": record,
-        "goals": [o.as_dict() for o in outcomes],
-        "absent": absent,
-        "not_measured": [str(case) for case in missed],
-        "training": training,
-        "rows": rows,
-    }
+    if result["not_measured"]:
+        print(f"\nout of time, not measured: {', '.join(result['not_measured'])}")
+    if "stopped" in result:
+        print(f"\nSTOPPED: {result['stopped']}; nothing after it was measured")
+    if result["goals"]:
+        outcomes = goals.evaluate(result["rows"], result["training"])
+        print(f"\n{goals.render(outcomes)}")
+    print(f"{result['environment']['seconds']:.0f} s", flush=True)
 
 
 def _line_ups(
     args: argparse.Namespace,
     cases: list[Case],
-    device: torch.device,
     bandwidth: Bandwidth,
     matmul: dict[torch.dtype, float],
+    absent: Counter[Skipped],
+    result: dict[str, Any],
     deadline: float,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[Case]]:
+    done: Callable[[], None],
+) -> None:
     """Rows, who was absent and why, and the cases that there was no time for."""
     wanted = Options(compile=not args.no_compile, peft=not args.no_peft, forms=args.forms)
-    seconds = args.seconds or _default(_SECONDS, args)
-    rows: list[dict[str, Any]] = []
-    absent: Counter[Skipped] = Counter()
-    missed: list[Case] = []
+    seconds, device = args.seconds or _default(_SECONDS, args), torch.device(args.device)
+    slots = None if args.slots is None else tuple(args.slots)
     for (shape, dtype), group in itertools.groupby(cases, key=lambda c: (c.shape, c.dtype)):
-        if time.perf_counter() > deadline:
-            missed += group
-            continue
-        with torch.inference_mode():
-            slots = None if args.slots is None else tuple(args.slots)
-            layer = Layer(shape, dtype, device, slots=slots)
-            # Measured again for every layer: the best so far is the ceiling.
-            found_rate = matmul_gflops(layer.activations, device)
-            matmul[layer.activations] = max(found_rate, matmul.get(layer.activations, 0.0))
-            for case in group:
-                if time.perf_counter() > deadline:
-                    missed.append(case)
-                    continue
-                gflops = matmul[case.activations]
-                options = replace(wanted, gflops=gflops)
-                found, skipped = run_case(case, layer, options, bandwidth, gflops, seconds)
-                rows += found
-                absent.update(skipped)
-                gbs, gflops = next(
-                    (r["read_gbs"], r["matmul_gflops"]) for r in found if "read_gbs" in r
-                )
-                matmul[case.activations] = gflops
-                print(f"\n{case}   ceilings: {gbs:.1f} GB/s, {gflops:.0f} GFLOP/s")
-                print(_HEADER, *map(_format, found), sep="\n", flush=True)
+        layer = None
+        for case in group:
+            if time.perf_counter() > deadline:
+                result["not_measured"].append(str(case))
+                continue
+            with torch.inference_mode():
+                try:
+                    if layer is None:
+                        layer = Layer(shape, dtype, device, slots=slots)
+                        # Measured again for every layer: the best so far is the ceiling.
+                        rate = matmul_gflops(layer.activations, device)
+                        matmul[layer.activations] = max(rate, matmul.get(layer.activations, 0.0))
+                    gflops = matmul[case.activations]
+                    options = replace(wanted, gflops=gflops)
+                    found, skipped = run_case(case, layer, options, bandwidth, gflops, seconds)
+                except Broken:
+                    raise
+                except Exception as error:  # the layer itself, or who would take part
+                    text = describe(error, device)
+                    found, skipped = [_without_time(case, "the line-up", 1, failed=text)], []
+            result["rows"] += found
+            absent.update(skipped)
+            for row in found:
+                if "read_gbs" in row:
+                    matmul[case.activations] = row["matmul_gflops"]
+            rates = [f"{r['read_gbs']:.1f} GB/s, {r['matmul_gflops']:.0f} GFLOP/s"
+                     for r in found if "read_gbs" in r]  # fmt: skip
+            print(f"\n{case}   ceilings: {rates[0] if rates else 'none'}")
+            print(report.HEADER, *map(report.line, found), sep="\n", flush=True)
+            done()
         del layer
         gc.collect()
-    found_absent = sorted(absent.items(), key=lambda item: (item[0].name, item[0].reason))
-    reasons = [{"name": s.name, "reason": s.reason, "line_ups": n} for s, n in found_absent]
-    return rows, reasons, missed
 
 
-def _training(args: argparse.Namespace, cases: list[Case], device: torch.device) -> list[Any]:
+def _training(
+    args: argparse.Namespace,
+    cases: list[Case],
+    result: dict[str, Any],
+    deadline: float,
+    done: Callable[[], None],
+) -> None:
     """The training step of every shape and float dtype of the run, at one number of tokens."""
     pairs: list[tuple[Shape, str]] = list(dict.fromkeys((c.shape, c.dtype) for c in cases))
-    seconds = args.seconds or _default(_TRAINING_SECONDS, args)
-    rows: list[Any] = []
+    seconds, device = args.seconds or _default(_TRAINING_SECONDS, args), torch.device(args.device)
     print("\ntraining step, forward and backward to x and z")
     for shape, dtype in pairs:
         if dtype in t2kernels.FACTOR_KINDS or (dtype == "fp16" and device.type == "cpu"):
             continue
         default = min(_TRAINING_TOKENS, max(1, shape.rank // 4))
         for tokens in args.training_tokens or [default]:
-            found = measure_training(shape, dtype, tokens, device, seconds=seconds)
-            print(*map(_format_training, found), sep="\n", flush=True)
-            rows += found
-    return rows
+            case = Case(shape, dtype, tokens)
+            if time.perf_counter() > deadline:
+                result["not_measured"].append(f"training step, {case}")
+                continue
+            try:
+                found = measure_training(shape, dtype, tokens, device, seconds=seconds)
+            except Broken:
+                raise
+            except Exception as error:  # the layer itself, or the truth of its gradients
+                text = describe(error, device)
+                found = [_without_time(case, "all forms", 1, failed=text)]
+            print(*map(report.training_line, found), sep="\n", flush=True)
+            result["training"] += found
+            done()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0; 1 when one of our own results was refused; 2 for a wrong command line."""
+    """0; 1 when a result of ours was refused or a contestant failed; 2 for a wrong command line."""
     args = parse(argv)
     logging.basicConfig(level=logging.WARNING)
     if args.dry_run:
         print(*chosen_cases(args), sep="\n")
         return 0
-    result = run(args)
-    if args.json is not None:
-        write(args.json, result)
+
+    def save(result: dict[str, Any]) -> None:
+        if args.json is not None:
+            write(args.json, result)
+
+    result = run(args, save)
     if args.plot is not None:
         draw(result, args.plot)
-    wrong = [r for r in result["rows"] + result["training"] if "refused" in r]
-    return int(any(r["name"].startswith("ours") for r in wrong))
+    rows = result["rows"] + result["training"]
+    refused = any("refused" in r and r["name"].startswith("ours") for r in rows)
+    return int(refused or "stopped" in result or any("failed" in r for r in rows))
 
 
 if __name__ == "__main__":

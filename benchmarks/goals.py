@@ -107,7 +107,7 @@ def evaluate(rows: list[Row], training: list[Row]) -> list[Outcome]:
 
     three, spread = "ratio_three_op", "interval_three_op"
     ours = ("ours",)
-    factorised = [r for r in training if r["name"].startswith(ours) and "refused" not in r]
+    factorised = [r for r in training if r["name"].startswith(ours) and "weight_sized_buffer" in r]
     held = sum(bool(r["weight_sized_buffer"]) for r in factorised)
     largest = max((r["largest_mem_mib"] for r in factorised), default=0.0)
     return [

@@ -215,20 +215,34 @@ def measure(
     seconds: float,
     seed: int = 0,
     beside: Callable[[], object] | None = None,
+    failed: Callable[[int, Exception], object] | None = None,
 ) -> dict[int, Samples]:
     """Seconds per call of every contestant, keyed by its place in ``contestants``.
 
     In each round every contestant has one turn, in an order drawn anew, so that a drift of the
     machine meets all alike. A contestant gets about ``seconds`` in all, at least 5 and at most 60
     turns; the turns of slow ones are spread over the rounds. ``beside`` is called fifteen times in
-    between, to measure the machine itself under the same conditions.
+    between, to measure the machine itself under the same conditions. With ``failed`` an exception
+    in a contestant is told to it, and the contestant has no samples; without it is raised.
     """
     order = random.Random(seed)
     samples = {index: Samples() for index in range(len(contestants))}
     turns = {}
+
+    def drop(index: int, error: Exception) -> None:
+        if failed is None:
+            raise error
+        del samples[index]
+        turns.pop(index, None)
+        failed(index, error)
+
     for index, contestant in enumerate(contestants):
-        samples[index].timing = timer.prepare(contestant)
-        estimate = min(timer.sample(contestant) for _ in range(2))
+        try:
+            samples[index].timing = timer.prepare(contestant)
+            estimate = min(timer.sample(contestant) for _ in range(2))
+        except Exception as error:  # of a kernel, a compiler or the device
+            drop(index, error)
+            continue
         affordable = seconds / max(estimate * timer.calls_per_sample, 1e-7)
         turns[index] = int(min(max(affordable, _MIN_ROUNDS), _MAX_ROUNDS))
     rounds = max(turns.values(), default=0)
@@ -241,8 +255,11 @@ def measure(
             if beside is not None and _takes_part(turn, min(_BESIDE, rounds), rounds):
                 beside()
             for index, contestant in line_up:
-                if _takes_part(turn, turns[index], rounds):
-                    samples[index].seconds.append(timer.sample(contestant))
+                if index in turns and _takes_part(turn, turns[index], rounds):
+                    try:
+                        samples[index].seconds.append(timer.sample(contestant))
+                    except Exception as error:
+                        drop(index, error)
     finally:
         if collecting:
             gc.enable()

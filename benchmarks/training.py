@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from failures import describe
 from harness import GATE_FLOOR, Contestant, Refused, make_timer, measure, ratio
 from layers import Layer, WeightSet
 from lineup import three_op
@@ -132,7 +133,7 @@ def allocations(run: Callable[[], object], device: torch.device) -> tuple[int, i
 def measure_training(
     shape: Shape, dtype: str, tokens: int, device: torch.device, *, seconds: float
 ) -> list[dict[str, Any]]:
-    """One row a form: time_us, peak_mem_mib, largest buffer, ratios; or why it was refused."""
+    """One row a form: time_us, peak_mem_mib, largest buffer, ratios; or why there is none."""
     layer = Layer(shape, dtype, device)
     x, z = layer.x(tokens), torch.ones(shape.rank, device=device)
     g = torch.randn(tokens, shape.out_features, generator=torch.Generator().manual_seed(3))
@@ -147,10 +148,14 @@ def measure_training(
         row: dict[str, Any] = {"shape": str(shape), "dtype": dtype, "tokens": tokens, "name": name}
         rows.append(row)
         call = partial(_step_on_set, step, x, z, g, layer)
-        with within():
-            found = gradients(step, x, z, g, layer.sets[0])
-            alive = kept(step, x, z, layer.sets[0])
-            peak, largest = allocations(partial(call, 0), device)
+        try:
+            with within():
+                found = gradients(step, x, z, g, layer.sets[0])
+                alive = kept(step, x, z, layer.sets[0])
+                peak, largest = allocations(partial(call, 0), device)
+        except Exception as error:  # of a kernel, a compiler or the device: the others go on
+            row["failed"] = describe(error, device)
+            continue
         for part, got, want, near in zip(("dx", "dz"), found, truth, plain):
             error = relative_error(got, want)
             limit = 2 * relative_error(near, want) + GATE_FLOOR
@@ -166,11 +171,15 @@ def measure_training(
         row["keeps_tokens_by_rank"] = max(alive, default=0) >= whole
         contestants.append((row, Contestant(name, 1, call, _no_formula, 0, 0, within)))
     timer = make_timer(device, len(layer.sets))
+
+    def failed(index: int, error: Exception) -> None:
+        contestants[index][0]["failed"] = describe(error, device)
+
     with torch.enable_grad():
-        samples = measure([c for _, c in contestants], timer, seconds=seconds)
-    by_name = {row["name"]: samples[index] for index, (row, _) in enumerate(contestants)}
-    for row, _ in contestants:
-        own = by_name[row["name"]]
+        samples = measure([c for _, c in contestants], timer, seconds=seconds, failed=failed)
+    by_name = {contestants[index][0]["name"]: own for index, own in samples.items()}
+    for index, own in samples.items():
+        row = contestants[index][0]
         row.update(time_us=own.median * 1e6, p20_us=own.quantile(0.2) * 1e6)
         row.update(p80_us=own.quantile(0.8) * 1e6, repetitions=len(own.seconds), timing=own.timing)
         for other, key in (("three-op autograd", "three_op"), ("rebuilt W' autograd", "rebuilt")):

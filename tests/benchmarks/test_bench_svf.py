@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import bench_svf
 import ceilings
+import failures
 import goals
 import harness
 import pytest
@@ -260,6 +262,127 @@ def test_a_run_out_of_time_says_what_is_missing(capsys, threads):
     assert result["rows"] == []
     assert result["not_measured"] == ["fp32 8x8 T=1"]
     assert "out of time" in capsys.readouterr().out
+
+
+class OutOfResources(Exception):
+    """As Triton's: no RuntimeError."""
+
+
+SMALL_RUN = ["--shapes", "8x8", "--dtypes", "fp32", "--seconds", "0.001", "--no-compile",
+             "--no-peft"]  # fmt: skip
+
+
+def fails(name: str, monkeypatch, when: int = 0) -> None:
+    """From its call number ``when`` on the contestant ``name`` of a line-up raises."""
+    calls, build = [], LineUp.build
+
+    def built(self):
+        for entry in build(self):
+            if entry.name != name or entry.slots != 1:
+                yield entry
+                continue
+
+            def call(i, inner=entry.call):
+                calls.append(i)
+                if len(calls) > when:
+                    raise OutOfResources("shared memory, Required: 300000\nmore lines")
+                return inner(i)
+
+            entry.call = call
+            yield entry
+
+    monkeypatch.setattr(LineUp, "build", built)
+
+
+@pytest.mark.parametrize("when", [0, 2, 5], ids=["gate", "warm-up", "turns"])
+def test_a_contestant_that_fails_loses_nothing_else(when, tmp_path, threads, monkeypatch, capsys):
+    out = tmp_path / "out.json"
+    fails("ours torch", monkeypatch, when)
+    argv = [*SMALL_RUN, "--tokens", "2", "4", "--no-training", "--json", str(out)]
+    assert bench_svf.main(argv) == 1
+    rows = results.read(out)["rows"]
+    bad = [r for r in rows if "failed" in r]
+    assert {r["name"] for r in bad} == {"ours torch"} and {r["tokens"] for r in bad} == {2, 4}
+    assert bad[0]["failed"] == "OutOfResources: shared memory, Required: 300000"
+    assert sum(r["name"] == "three-op" and "time_us" in r for r in rows) == 4
+    assert not any("time_us" in r for r in bad)
+    assert "FAILED: OutOfResources: shared memory" in capsys.readouterr().out
+
+
+def test_results_are_there_after_every_line_up(tmp_path, threads, monkeypatch):
+    out = tmp_path / "out.json"
+    run_case, seen = bench_svf.run_case, []
+
+    def stopped(*args):
+        seen.append(len(results.read(out)["rows"]) if out.exists() else 0)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return run_case(*args)
+
+    monkeypatch.setattr(bench_svf, "run_case", stopped)
+    argv = [*SMALL_RUN, "--tokens", "1", "2", "3", "--no-training", "--json", str(out)]
+    with pytest.raises(KeyboardInterrupt):
+        bench_svf.main(argv)
+    assert seen[0] == 0 < seen[1] < seen[2] == len(results.read(out)["rows"])
+
+
+def test_a_training_step_that_fails_leaves_the_others(threads, monkeypatch, tmp_path):
+    def broken(*args):
+        raise RuntimeError("no kernel")
+
+    out = tmp_path / "out.json"
+    monkeypatch.setitem(STEPS, "ours", broken)
+    assert bench_svf.main([*SMALL_RUN, "--tokens", "1", "--json", str(out)]) == 1
+    found = {r["name"]: r for r in results.read(out)["training"]}
+    assert found["ours"]["failed"] == "RuntimeError: no kernel"
+    assert all("time_us" in row for name, row in found.items() if name != "ours")
+
+
+def test_training_steps_end_in_time_too(threads):
+    result = bench_svf.run(bench_svf.parse([*SMALL_RUN, "--tokens", "1", "--minutes", "1e-9"]))
+    assert result["training"] == []
+    assert result["not_measured"] == ["training step, fp32 8x8 T=2", "fp32 8x8 T=1"]
+
+
+def test_a_lost_device_ends_the_run_with_what_is_there(threads, monkeypatch, tmp_path, capsys):
+    out, run_case, seen = tmp_path / "out.json", bench_svf.run_case, []
+
+    def lost(*args):
+        seen.append(1)
+        if len(seen) == 2:
+            raise failures.Broken("AcceleratorError: an illegal memory access")
+        return run_case(*args)
+
+    monkeypatch.setattr(bench_svf, "run_case", lost)
+    argv = [*SMALL_RUN, "--tokens", "1", "2", "3", "--no-training", "--json", str(out)]
+    assert bench_svf.main(argv) == 1
+    data = results.read(out)
+    assert {r["tokens"] for r in data["rows"]} == {1} and "illegal" in data["stopped"]
+    assert len(seen) == 2 and "STOPPED" in capsys.readouterr().out
+
+
+def test_an_error_is_one_line_and_a_gpu_that_no_longer_answers_is_noticed(monkeypatch):
+    assert failures.describe(ValueError(""), CPU) == "ValueError"
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    cuda, error = torch.device("cuda"), RuntimeError("CUDA error: illegal\nadvice")
+    assert failures.describe(error, cuda) == "RuntimeError: CUDA error: illegal"
+
+    def raises():
+        raise RuntimeError("CUDA error: illegal")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", raises)
+    with pytest.raises(failures.Broken, match="CUDA error: illegal"):
+        failures.describe(error, cuda)
+
+
+def test_goals_for_a_cpu_are_not_judged_on_a_gpu(threads, monkeypatch, capsys):
+    argv = [*SMALL_RUN, "--tokens", "1", "--no-training", "--minutes", "1e-9"]
+    args = bench_svf.parse(argv)
+    assert bench_svf.run(args)["goals"] and "goals" in capsys.readouterr().out
+    monkeypatch.setattr(bench_svf, "Bandwidth", lambda *_: SimpleNamespace(method="none"))
+    args.device = "cuda"
+    assert bench_svf.run(args)["goals"] == [] and "goals" not in capsys.readouterr().out
 
 
 def test_the_script_finds_its_siblings_where_python_leaves_its_folder_out():
