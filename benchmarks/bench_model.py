@@ -44,7 +44,7 @@ except ImportError as error:
 import llama
 from ceilings import Bandwidth, matmul_gflops
 from command import add_shared, begin
-from harness import Contestant, Refused, make_timer, measure, ratio
+from harness import GATE_FLOOR, Contestant, Refused, make_timer, measure, ratio
 from memory import choose_factors
 from results import SCHEMA, write
 from torch import Tensor
@@ -207,10 +207,8 @@ def measure_merge(models: Models, turns: int) -> list[dict[str, Any]]:
     first = seconds(lambda: bank.merge("e0"))  # makes the copies of the base weights
     switches = [seconds(partial(bank.merge, f"e{1 + i % 2}")) for i in range(turns)]
     last = f"e{1 + (turns - 1) % 2}"
-    error = max(
-        _merge_error(models, bank, name, last) for name in (bank.layers[0], bank.layers[-1])
-    )
-    limit = torch.finfo(torch.bfloat16).eps
+    errors = [_merge_error(models, bank, name, last) for name in (bank.layers[0], bank.layers[-1])]
+    error, limit = max(errors, key=lambda pair: pair[0] / pair[1])
     back = seconds(bank.unmerge)
     if [_checksum(linear.weight) for linear in linears] != before:
         raise Refused("merge: a base weight is not what it was, bit for bit")
@@ -261,13 +259,18 @@ def measure_admission(models: Models) -> list[dict[str, Any]]:
     return rows
 
 
-def _merge_error(models: Models, bank: t2k.ExpertBank, name: str, expert: str) -> float:
-    """Of a merged weight against W + U·diag(σ⊙(z − 1))·Vᵀ in fp64."""
+def _merge_error(
+    models: Models, bank: t2k.ExpertBank, name: str, expert: str
+) -> tuple[float, float]:
+    """Of a merged weight against W + U·diag(σ⊙(z − 1))·Vᵀ in fp64, and what is allowed: twice
+    that of plain torch in fp32, rounded once."""
     linear, f = models.dense.get_submodule(name), models.factors("bf16")[name]
     layer = bank.model.get_submodule(name)
     change = f.S.double() * (bank[expert].z[name].to(f.S).double() - 1)
     want = layer.stored_weight().double() + (f.U.double() * change) @ f.V.double().t()
-    return relative_error(linear.weight, want)
+    near = layer.stored_weight().float() + (f.U.float() * change.float()) @ f.V.float().t()
+    limit = 2 * relative_error(near.to(linear.weight.dtype), want) + GATE_FLOOR
+    return relative_error(linear.weight, want), limit
 
 
 def _checksum(weight: Tensor) -> int:

@@ -51,6 +51,21 @@ def test_rows_goals_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "6 matrices" in merge.measured
 
 
+def test_a_merge_that_is_further_off_than_rounding_is_refused(models, monkeypatch) -> None:
+    (row,) = bench_model.measure_merge(models, 2)
+    assert 0 < row["error"] < 2.5e-3
+    merge = bench_model.t2k.ExpertBank.merge
+
+    def careless(bank, name):
+        merge(bank, name)
+        for layer in bank.layers:
+            models.dense.get_submodule(layer).weight.mul_(1 + 2**-8)
+
+    monkeypatch.setattr(bench_model.t2k.ExpertBank, "merge", careless)
+    with pytest.raises(Refused, match="merge: relative error"):
+        bench_model.measure_merge(models, 2)
+
+
 def test_factors_are_orthonormal_and_every_weight_is_its_own() -> None:
     source = llama.Orthonormal(CPU)
     first, second = (source.factors(Shape(48, 32), torch.float32) for _ in range(2))
