@@ -148,7 +148,7 @@ def decompose_checkpoint(
             manifest["complete"] = len(manifest["weights"]) == len(order)
             write_json(folder / MANIFEST, manifest)
 
-        # Hashes and the disk take as long as a GPU: one weight is written while the next is made.
+        # One weight is hashed and written while the next is made.
         with ThreadPoolExecutor(1, thread_name_prefix="factors") as writer:
             try:
                 for weight in _with_bar(pending, len(weights), progress):

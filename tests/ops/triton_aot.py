@@ -25,8 +25,8 @@ POINTER = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "int8": "*i8", "fp
 # Arguments that any real layer passes as multiples of 16.
 ALIGNED = {"stride_x", "stride_g", "stride_d", "IN", "INNER", "OUT", "R", "COLS",
            "stride_b_inner", "stride_b_out", "stride_a", "stride_h", "stride_hd",
-           "stride_w_inner", "stride_w_out", "stride_partial", "stride_out", "stride_z",
-           "stride_grad"}  # fmt: skip
+           "stride_w_inner", "stride_w_out", "stride_partial", "stride_out",
+           "stride_z"}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,8 @@ def forward_group(
     batch_invariant: bool = False,
 ) -> list[Tensor]:
     """Layers that share x, one first launch for all: see ``ops/reference.py``. The tile of the
-    first product may be another than a member's alone: equal to rounding."""
+    first product may be another than a member's alone: equal to rounding. Reached by benchmarks and
+    tests only: ``dispatch.GROUP_TOKENS`` has no entry for this backend."""
     from ._forward import expand, project
 
     work = torch.empty((x.shape[0], V.shape[1]), dtype=x.dtype, device=x.device)
