@@ -306,21 +306,48 @@ def tune(
         yield from (f"  refused: {reason}" for reason in refused)
 
 
+def _shape(text: str) -> str:
+    m, _, n = text.partition("x")
+    if not all(size.isascii() and size.isdigit() and int(size) for size in (m, n)):
+        raise argparse.ArgumentTypeError(f"expected OUTxIN, like 4096x14336, got {text!r}")
+    return text
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m t2kernels.tune", description=str(__doc__).splitlines()[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="the table, new or to go on with")
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="layers, OUTxIN")
+    parser.add_argument("--shapes", nargs="+", type=_shape, default=SHAPES, help="layers, OUTxIN")
     parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=DTYPES)
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
-    parser.add_argument("--seconds", type=float, default=0.05, help="per candidate")
-    parser.add_argument("--minutes", type=float, default=60.0, help="stop after that")
+    parser.add_argument("--tokens", nargs="+", type=_count, default=TOKENS)
+    parser.add_argument("--seconds", type=_positive, default=0.05, help="per candidate")
+    parser.add_argument("--minutes", type=_positive, default=60.0, help="stop after that")
     parser.add_argument(
         "--rehearse", action="store_true",
         help="on a CPU, in Triton's interpreter; no GPU accepts what comes out",
     )  # fmt: skip
     options = parser.parse_args(arguments)
+    if options.out.is_dir():
+        parser.error(f"--out: {options.out} is a folder; name the table in it")
+    if not options.out.parent.is_dir():
+        parser.error(f"--out: the folder {options.out.parent} does not exist; make it")
     if options.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     elif not torch.cuda.is_available():

@@ -163,6 +163,37 @@ class TestTuning:
             assert tune.main(arguments) == 2
             assert "no CUDA GPU" in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--shapes", "64"], "argument --shapes: expected OUTxIN, like 4096x14336, got '64'"),
+            (["--shapes", "64x0"], "argument --shapes: expected OUTxIN"),
+            (["--shapes", "64x64", "ax3"], "argument --shapes: expected OUTxIN"),
+            (["--shapes", "2x3x4"], "argument --shapes: expected OUTxIN"),
+            (["--tokens", "-3"], "argument --tokens: expected a whole number from 1 on, got '-3'"),
+            (["--tokens", "0"], "argument --tokens: expected a whole number from 1 on, got '0'"),
+            (["--tokens", "1.5"], "argument --tokens: expected a whole number"),
+            (["--seconds", "0"], "argument --seconds: expected a number above 0, got '0'"),
+            (["--minutes", "nan"], "argument --minutes: expected a number above 0, got 'nan'"),
+            (["--out", "missing/t.json"], "--out: the folder missing does not exist; make it"),
+            (["--out", "."], "--out: . is a folder; name the table in it"),
+        ],
+    )
+    def test_arguments_are_refused_before_anything_is_timed(
+        self,
+        arguments: list[str],
+        message: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        out = [] if "--out" in arguments else ["--out", "t.json"]
+        with pytest.raises(SystemExit) as caught:
+            tune.main([*out, *arguments, "--rehearse"])
+        assert caught.value.code == 2 and message in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
 
 class TestTuningFiles:
     def refused(self, path: Path) -> str:
