@@ -183,3 +183,19 @@ class TestRuns:
         expected = torch.zeros(65, 16, dtype=torch.bool)
         expected[:, 0], expected[mixed] = True, True
         assert torch.equal(seen[0], expected.flatten())
+
+
+class TestRunsOfManySlots:
+    def test_slots_lie_on_the_axis_that_holds_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """CUDA launches up to 2^31 - 1 programs on axis 0, but 65,535 on the others."""
+        grids = []
+
+        class Recorder:
+            def __getitem__(self, grid):  # type: ignore[no-untyped-def]
+                grids.append(grid)
+                return lambda *args, **kwargs: None
+
+        monkeypatch.setattr(_backward, "finalise_slots_kernel", Recorder())
+        slot = torch.zeros(4, dtype=torch.int32)
+        _backward.finalise(torch.zeros(4, 300), torch.empty(70000, 300), slot, None)
+        assert grids == [(70000, 3)]

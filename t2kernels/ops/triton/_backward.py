@@ -200,8 +200,8 @@ def finalise_slots_kernel(
     """out[s] = scale ⊙ Σ_{t: slot[t]=s} product[t], in one fixed order. One program per (BLOCK_COLS
     columns, slot): it looks at every slot number, BLOCK_RUNS · RUN in a step, but reads only rows
     of its own, so all slots together read what was written once."""
-    c = tl.program_id(0).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    own = tl.program_id(1)
+    c = tl.program_id(1).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    own = tl.program_id(0)
     in_cols = c < COLS
     total = tl.zeros((BLOCK_COLS,), dtype=out_ptr.dtype.element_ty)
     for first in range(0, T, BLOCK_RUNS * RUN):
@@ -240,7 +240,7 @@ def finalise(partial: Tensor, out: Tensor, slot: Tensor | None, scale: Tensor | 
                 BLOCK_ROWS=REDUCE_ROWS, BLOCK_COLS=REDUCE_COLS, **config.SMALL,
             )  # fmt: skip
         else:
-            finalise_slots_kernel[(columns, out.shape[0])](
+            finalise_slots_kernel[(out.shape[0], columns)](  # axis 1 ends at 65,535
                 partial, slot, scale, out, out.stride(0), rows, cols,
                 BLOCK_RUNS=REDUCE_ROWS, BLOCK_COLS=REDUCE_COLS, **config.SMALL,
             )  # fmt: skip
