@@ -38,7 +38,7 @@ TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 # Components of the delta form while it is timed; slots of a batch.
 RANK, SLOTS = 256, 64
 # Rows that are compared with fp64, and memory that successive calls go through: more than an L2.
-CHECKED_ROWS, COLD_BYTES, MOST_SETS = 32, 256 << 20, 8
+CHECKED_ROWS, COLD_BYTES, MOST_SETS = 32, 256 << 20, 128
 
 Call = Callable[[], Tensor]
 # Seconds per call of calls that do the same on different memory.
@@ -145,6 +145,11 @@ class _Random:
         return Operands(self.normal(o, i), self.factor(RANK, i), self.factor(o, RANK))
 
 
+def copies(size: int) -> int:
+    """Sets of ``size`` bytes through which successive calls go, so that each meets cold weights."""
+    return min(MOST_SETS, -(-COLD_BYTES // size))
+
+
 def prepare(case: Case, device: torch.device) -> Work:
     """Random operands for the case, in as many copies as keep an L2 cold."""
     from .ops import triton as backend
@@ -154,8 +159,8 @@ def prepare(case: Case, device: torch.device) -> Work:
     r = RANK if case.kernel == "delta" else case.outputs  # columns of h or gu, where there are any
     sets = [random.operands(case)]
     size = sum(w.numel() * w.element_size() for w in sets[0] if w is not None)
-    copies = min(MOST_SETS, -(-COLD_BYTES // size)) if device.type == "cuda" else 1
-    sets += [random.operands(case) for _ in range(copies - 1)]
+    more = copies(size) - 1 if device.type == "cuda" else 0
+    sets += [random.operands(case) for _ in range(more)]
     left = random.normal(T, case.inner)
     h = random.normal(T, r) if case.kernel == "gradient" else None
     base = random.normal(r).float()

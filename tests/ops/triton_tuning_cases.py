@@ -134,6 +134,10 @@ class TestTuning:
         lines = run(tmp_path / "t.json", lambda calls: 1.0, *wanted)
         assert len(lines) == len(wanted) == 20 and not any("refused" in line for line in lines)
 
+    @pytest.mark.parametrize("size", [4 << 20, 32 << 20, 1 << 30])
+    def test_weights_are_cold(self, size: int) -> None:
+        assert tune.copies(size) * size >= tune.COLD_BYTES
+
     def test_cases(self) -> None:
         found = tune.cases(["96x64", "64x96"], ["bf16"], [8192, 1])
         sizes = {(c.kernel, c.outputs, c.inner) for c in found if c.tokens == 8192}
