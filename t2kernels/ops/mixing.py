@@ -12,6 +12,7 @@ weights that want one are mixed inside the layers (``diagonal.mix``).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,19 @@ __all__ = ["DEVIATION_DTYPE", "mix_rows"]
 
 #: A table of this dtype holds z − 1: near 1 a bf16 z would have no room for the deviation.
 DEVIATION_DTYPE = torch.bfloat16
+
+
+class Mixing(NamedTuple):
+    """The arguments of ``mix_rows``: what every backend gets, checked and contiguous."""
+
+    out: Tensor
+    S: Tensor
+    Z: Tensor
+    alpha: Tensor
+    indices: Tensor | None
+    rows: Tensor | None
+    offsets: Tensor | None
+    longest: int | None
 
 
 @torch.no_grad()
@@ -59,14 +73,21 @@ def mix_rows(
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
         RuntimeError: a backend was asked for by name and cannot mix here.
     """
-    _check(out, S, Z, alpha, indices, rows, offsets, longest)
+    call = Mixing(out, S, Z, alpha, indices, rows, offsets, longest)
+    _check(call)
     if alpha.shape[0] == 0 or S.shape[0] == 0:
         return
-    contiguous = (alpha.contiguous(), *(_contiguous(t) for t in (indices, rows, offsets)))
-    _choose(out)(out, S, Z, *contiguous, longest)
+    _choose(out)(
+        call._replace(
+            alpha=alpha.contiguous(),
+            indices=_contiguous(indices),
+            rows=_contiguous(rows),
+            offsets=_contiguous(offsets),
+        )
+    )
 
 
-_Backend = Callable[..., None]
+_Backend = Callable[[Mixing], None]
 
 
 def _choose(out: Tensor) -> _Backend:
@@ -101,47 +122,19 @@ def _unavailable(name: str, out: Tensor) -> str | None:
     return None
 
 
-def _native_mix(
-    out: Tensor,
-    S: Tensor,
-    Z: Tensor,
-    alpha: Tensor,
-    indices: Tensor | None,
-    rows: Tensor | None,
-    offsets: Tensor | None,
-    longest: int | None,
-) -> None:
-    native._native.mix(
-        *_addresses(out, S, Z, alpha, indices, rows, offsets), torch.get_num_threads()
-    )
+def _native_mix(call: Mixing) -> None:
+    native._native.mix(*_addresses(call), torch.get_num_threads())
 
 
-def _cuda_mix(
-    out: Tensor,
-    S: Tensor,
-    Z: Tensor,
-    alpha: Tensor,
-    indices: Tensor | None,
-    rows: Tensor | None,
-    offsets: Tensor | None,
-    longest: int | None,
-) -> None:
+def _cuda_mix(call: Mixing) -> None:
     if cuda._native is None:
         raise RuntimeError(f"backend 'cuda': {cuda._missing}")
-    addresses = _addresses(out, S, Z, alpha, indices, rows, offsets)
-    cuda._native.cuda_mix(*addresses, cuda._index(out), cuda._stream(out))
+    cuda._native.cuda_mix(*_addresses(call), cuda._index(call.out), cuda._stream(call.out))
 
 
-def _addresses(
-    out: Tensor,
-    S: Tensor,
-    Z: Tensor,
-    alpha: Tensor,
-    indices: Tensor | None,
-    rows: Tensor | None,
-    offsets: Tensor | None,
-) -> tuple[int, ...]:
+def _addresses(call: Mixing) -> tuple[int, ...]:
     """The arguments that csrc/cpu/mix.h and csrc/cuda/mix.h have in common."""
+    out, S, Z, alpha, indices, rows, offsets, _ = call
     layers = 1 if offsets is None else alpha.shape[1]
     # fmt: off
     return (
@@ -153,17 +146,9 @@ def _addresses(
     # fmt: on
 
 
-def _torch_mix(
-    out: Tensor,
-    S: Tensor,
-    Z: Tensor,
-    alpha: Tensor,
-    indices: Tensor | None,
-    rows: Tensor | None,
-    offsets: Tensor | None,
-    longest: int | None,
-) -> None:
+def _torch_mix(call: Mixing) -> None:
     """Any device."""
+    out, S, Z, alpha, indices, rows, offsets, _ = call
     (B, K), experts, R = (alpha.shape[0], alpha.shape[-1]), Z.shape[0], S.shape[0]
     weights = alpha
     if offsets is not None:
@@ -200,17 +185,8 @@ def _torch_mix(
         out.index_copy_(0, at, torch.where(there, d[i : i + 1], out.index_select(0, at)))
 
 
-def _triton_mix(
-    out: Tensor,
-    S: Tensor,
-    Z: Tensor,
-    alpha: Tensor,
-    indices: Tensor | None,
-    rows: Tensor | None,
-    offsets: Tensor | None,
-    longest: int | None,
-) -> None:
-    dispatch.load("triton").mix(out, S, Z, alpha, indices, rows, offsets, longest)
+def _triton_mix(call: Mixing) -> None:
+    dispatch.load("triton").mix(call)
 
 
 _BACKENDS: dict[str, _Backend] = {
@@ -226,17 +202,9 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _check(
-    out: Tensor,
-    S: Tensor,
-    Z: Tensor,
-    alpha: Tensor,
-    indices: Tensor | None,
-    rows: Tensor | None,
-    offsets: Tensor | None,
-    longest: int | None,
-) -> None:
+def _check(call: Mixing) -> None:
     """Metadata only: values of ``indices`` and ``rows`` would cost a wait for the GPU."""
+    out, S, Z, alpha, indices, rows, offsets, longest = call
     _check_tensors(out, S, Z)
     if alpha.dtype is not torch.float32:
         raise TypeError(f"mix_rows: alpha must be float32, got {alpha.dtype}.")

@@ -232,9 +232,9 @@ def test_cuda_reads_nothing_behind_the_end(emulated: Any, dtype: torch.dtype) ->
     s, z, alpha, indices = (edge[0] for edge in edges)
     out, _memory = emulated.edge(arena(2, 517))
     expected = arena(2, 517)
-    addresses = mixing._addresses(out, s, z, alpha, indices, None, None)
+    addresses = mixing._addresses(mixing.Mixing(out, s, z, alpha, indices, None, None, None))
     emulated.mix(*addresses, 0, 0)
-    mixing._torch_mix(expected, *moved, None, None, None)
+    mixing._torch_mix(mixing.Mixing(expected, *moved, None, None, None))
     assert torch.equal(out, expected)
 
 

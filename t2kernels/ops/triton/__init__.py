@@ -11,12 +11,16 @@ import functools
 import importlib.util
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...quantized import FACTOR_KINDS
 from ..layout import FLOATS, columns, unfit, unfit_group
+
+if TYPE_CHECKING:
+    from ..mixing import Mixing
 
 NAME = "triton"
 
@@ -217,17 +221,8 @@ def mix_unavailable(out: Tensor) -> str | None:
     return None if _interpreting() else f"the arena is on {out.device.type}, not on a CUDA GPU"
 
 
-def mix(
-    out: Tensor,
-    S: Tensor,
-    Z: Tensor,
-    alpha: Tensor,
-    indices: Tensor | None,
-    rows: Tensor | None,
-    offsets: Tensor | None,
-    longest: int | None,
-) -> None:
+def mix(call: Mixing) -> None:
     """out[rows[i]] = S ⊙ (1 + Σ_k α[i, k] (Z[indices[i, k]] − 1)): see ``ops/mixing.py``."""
     from ._mix import mix as run
 
-    run(out, S, Z, alpha, indices, rows, offsets, longest)
+    run(call)

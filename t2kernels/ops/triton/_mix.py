@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .common import config
+
+if TYPE_CHECKING:
+    from ..mixing import Mixing
 
 # Columns per program.
 MIX_COLS = 1024
@@ -76,17 +80,9 @@ def mix_kernel(
     tl.store(out_ptr + row * stride_out + c, s * z, mask=inside)
 
 
-def mix(
-    out: Tensor,
-    S: Tensor,
-    Z: Tensor,
-    alpha: Tensor,
-    indices: Tensor | None,
-    rows: Tensor | None,
-    offsets: Tensor | None,
-    longest: int | None,
-) -> None:
+def mix(call: Mixing) -> None:
     """See ``ops/mixing.mix_rows``, which checks the arguments."""
+    out, S, Z, alpha, indices, rows, offsets, longest = call
     count, K, R = alpha.shape[0], alpha.shape[-1], S.shape[0]
     layers = 1 if offsets is None else alpha.shape[1]
     grid = (count, triton.cdiv(R if longest is None else longest, MIX_COLS), layers)
